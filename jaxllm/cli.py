@@ -1,0 +1,136 @@
+"""`jaxllm VERB …`: finds the verb's function and calls it. A verb's module is imported only when it is called."""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import pathlib
+import sys
+import traceback
+
+from jaxllm import __version__
+from jaxllm.errors import RunError, Stopped, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One command: where its settings and its function are, and what it says of itself."""
+
+    settings: str  # module:dataclass; importing it must not import jax
+    function: str  # module:function(cfg) -> dict or None
+    usage: str
+    summary: str
+    takes: str = "config"  # what stands after the verb: a config file, a run folder, or several
+
+
+VERBS = {
+    "tokenizer": Verb("jaxllm.data.config:TokenizerVerb", "jaxllm.data.tokenizer:main", "tokenizer CONFIG.yaml",
+                      "train a SentencePiece tokenizer and report on it"),
+    "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
+                     "train a language model from text; run again to go on"),
+    "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.engine:main", "generate RUN --prompt=TEXT",
+                     "continue prompts with a trained model", takes="run"),
+    "chat": Verb("jaxllm.generate.config:ChatVerb", "jaxllm.generate.chat:main", "chat RUN",
+                 "talk to a trained model in the terminal", takes="run"),
+    "report": Verb("jaxllm.report.config:ReportVerb", "jaxllm.report.page:main", "report RUN [RUN ...]",
+                   "write one HTML page of curves, samples and settings", takes="runs"),
+    "inspect": Verb("jaxllm.report.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
+                    "print what a run's checkpoint holds", takes="run"),
+    "doctor": Verb("jaxllm.report.config:DoctorVerb", "jaxllm.doctor:main", "doctor",
+                   "say what this machine has, what is missing, and how to mend it", takes="nothing"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns its exit code (0 done, 1 failed, 2 user's mistake, 75 stopped and resumable)."""
+    try:
+        return _run(argv)
+    except UserError as e:
+        print(f"jaxllm: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"jaxllm: {e}", file=sys.stderr)
+        return 1
+    except Stopped as e:
+        print(f"jaxllm: {e}", file=sys.stderr)
+        return 75
+    except KeyboardInterrupt:
+        print("jaxllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jaxllm … | head`
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("jaxllm: this is a bug in jaxllm, not a mistake of yours; please report the lines above", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"jaxllm {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; verbs: {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {name!r}{hint}")
+    verb = VERBS[name]
+    if "--help" in rest or "-h" in rest:
+        from jaxllm import config
+
+        print(config.help_text(_find(verb.settings), f"usage: jaxllm {verb.usage} [--key=value ...]\n{verb.summary}"))
+        return 0
+    cfg, json_to = parse(verb, rest)
+    result = _find(verb.function)(cfg)
+    if json_to == "-":
+        print(json.dumps(result))
+    elif json_to:
+        pathlib.Path(json_to).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse(verb: Verb, argv: list[str]):
+    """Returns (the verb's settings, where --json goes or None) of the words after the verb."""
+    from jaxllm import config
+
+    words = [w for w in argv if not w.startswith("--")]
+    flags = [w[2:] for w in argv if w.startswith("--")]
+    json_to = next((f[5:] for f in flags if f.startswith("json=")), None)
+    overrides = [f for f in flags if not f.startswith("json=")]
+    if verb.takes == "config":
+        if len(words) != 1:
+            raise UserError(f"expected one config file, found {words or 'none'}; usage: jaxllm {verb.usage}")
+        return config.load(_find(verb.settings), words[0], overrides), json_to
+    if verb.takes == "nothing" and words:
+        raise UserError(f"unexpected {words[0]!r}; usage: jaxllm {verb.usage}")
+    if verb.takes == "run" and len(words) != 1:
+        raise UserError(f"expected one run folder, found {words or 'none'}; usage: jaxllm {verb.usage}")
+    if verb.takes == "runs" and not words:
+        raise UserError(f"expected at least one run folder; usage: jaxllm {verb.usage}")
+    cfg = config.load(_find(verb.settings), None, overrides)
+    if verb.takes == "run":
+        cfg = dataclasses.replace(cfg, run=words[0])
+    elif verb.takes == "runs":
+        cfg = dataclasses.replace(cfg, runs=tuple(words))
+    return cfg, json_to
+
+
+def overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (f"jaxllm {__version__}: from raw text to an aligned, measured, exported language model\n\n"
+            f"usage: jaxllm VERB ... [--dotted.key=value ...]\n\n{verbs}\n\n"
+            "jaxllm VERB --help prints every setting of a verb with its type, default and meaning")
+
+
+def _find(reference: str):
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def entry_point() -> None:
+    """What the installed `jaxllm` script calls."""
+    sys.exit(main(sys.argv[1:]))

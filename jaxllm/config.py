@@ -1,0 +1,193 @@
+"""YAML and dotted overrides into frozen dataclasses, and the help text of a verb out of them.
+
+A setting's default and meaning stand in its dataclass, beside the code that it configures:
+
+    lr: float = 3e-4  # peak learning rate
+
+The comment is the help text.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import pathlib
+import re
+import textwrap
+import types
+import typing
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from jaxllm.errors import UserError
+
+
+def load(cls, path: str | None = None, overrides: typing.Sequence[str] = ()):
+    """Returns a `cls` filled from its defaults, then the YAML file at `path`, then `overrides` ("a.b=value").
+
+    Raises UserError that names the file or flag, the key, what it was and what it should be.
+    """
+    merged = OmegaConf.structured(cls)
+    if path is not None:
+        merged = _merge(cls, merged, _read_yaml(path), where=path)
+    for override in overrides:
+        merged = _merge(cls, merged, _read_override(override), where="command line")
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise UserError(f"{path or 'command line'}: {missing[0]} is missing and has no default")
+    try:
+        return OmegaConf.to_object(merged)
+    except ValueError as e:  # a dataclass's own __post_init__: "d_model=10 is not divisible by n_heads=4"
+        raise UserError(str(e)) from None
+    except OmegaConfBaseException as e:  # __post_init__ errors arrive wrapped in some versions
+        raise UserError(str(e.__cause__ or e).split("\n")[0]) from None
+
+
+def to_dict(cfg) -> dict:
+    """Returns a config as plain nested dicts, the form that is saved and compared."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Returns {"a.b": value} of nested dicts."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def to_yaml(tree: dict) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: str) -> DictConfig:
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = pathlib.Path(path).parent
+        near = difflib.get_close_matches(pathlib.Path(path).name, [p.name for p in folder.glob("*.y*ml")], 1)
+        hint = f"; did you mean {folder / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    try:
+        loaded = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: should hold `key: value` lines, found {type(OmegaConf.to_container(loaded)).__name__}")
+    return loaded
+
+
+def _read_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not re.fullmatch(r"[\w.-]+", key):
+        raise UserError(f"--{override}: should be --dotted.key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"--{override}: {' '.join(str(e).split())}") from None
+
+
+def _merge(cls, base: DictConfig, extra: DictConfig, where: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, extra)
+    except ConfigKeyError as e:
+        key = e.full_key or str(e.key)
+        raise UserError(f"{where}: unknown key {key!r}{_nearest(cls, key)}") from None
+    except (OmegaConfBaseException, ValueError, TypeError) as e:
+        key = getattr(e, "full_key", None) or ""
+        value = OmegaConf.select(extra, key) if key else None
+        field = _fields(cls).get(key) if isinstance(key, str) else None
+        expected = f"should be {_type_name(field.type)}" if field else " ".join(str(e).split("\n")[0].split())
+        raise UserError(f"{where}: {key}={value!r}: {expected}") from None
+
+
+def _nearest(cls, key: str) -> str:
+    """Returns "; did you mean 'optim.lr'?" for the valid name that is most like `key`, or ""."""
+    names = list(_fields(cls))
+    last = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, names, 1, cutoff=0.75)
+    near = near or [n for n in names if n.rsplit(".", 1)[-1] == last][:1]
+    near = near or [n for n in names if difflib.SequenceMatcher(None, n.rsplit(".", 1)[-1], last).ratio() > 0.7][:1]
+    near = near or difflib.get_close_matches(key, names, 1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted({n.split('.')[0] for n in names}))}"
+
+
+# ---------------------------------------------------------------- help
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    type: object
+    default: object
+    meaning: str
+
+
+def help_text(cls, usage: str) -> str:
+    """Returns the usage line and every key of `cls` with its type, default and meaning, group by group."""
+    lines, group = [usage, ""], None
+    for name, field in _fields(cls).items():
+        head = name.rpartition(".")[0]
+        if head != group:
+            lines += ["", f"{head or 'settings'}:"]
+            group = head
+        default = "" if field.default is dataclasses.MISSING else f" [{_show(field.default)}]"
+        first = f"  --{name}={_type_name(field.type)}{default}"
+        meaning = textwrap.wrap(field.meaning, 100)
+        if len(first) < 46 and meaning:
+            lines.append(f"{first:<46}{meaning.pop(0)}")
+        else:
+            lines.append(first)
+        lines += [" " * 46 + line for line in meaning]
+    return "\n".join([*lines, "", "on every verb: --help, --json=FILE (the result as one JSON object; - for standard output)"])
+
+
+def _fields(cls, prefix: str = "") -> dict[str, _Field]:
+    """Returns {"optim.lr": field} of every leaf below a dataclass; a mapping's key is written NAME."""
+    out, meanings = {}, _comments(cls)
+    for f in dataclasses.fields(cls):
+        name, inner = prefix + f.name, f.type
+        if typing.get_origin(inner) is dict:
+            name, inner = f"{name}.NAME", typing.get_args(inner)[1]
+        if dataclasses.is_dataclass(inner):
+            out |= _fields(inner, name + ".")
+            continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        out[name] = _Field(inner, default, meanings.get(f.name, ""))
+    return out
+
+
+def _comments(cls) -> dict[str, str]:
+    """Returns {field: its comment}: the one on its line, or else the full-line comments just above it."""
+    out, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        if found := re.match(r"\s+(\w+): [^#]*(?:#\s*(.*))?$", line):
+            out[found[1]] = found[2] or " ".join(above)
+            above = []
+        elif found := re.match(r"\s+# ?(.*)$", line):
+            above.append(found[1])
+        else:
+            above = []
+    return out
+
+
+def _type_name(kind) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join("null" if a is type(None) else _type_name(a) for a in args)
+    if origin in (tuple, list):
+        return f"[{_type_name(args[0])},...]"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _show(value) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(map(str, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,51 @@
+"""Settings of text sources, the tokenizer and the input of training. No jax here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    path: str  # a .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, or a glob
+    weight: float = 1.0  # share of rows drawn from this source, relative to the others' weights
+    text_key: str = "text"  # the field of a JSON line, or the column of a Parquet file, that holds the text
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} of source {self.path}: should not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: dict[str, Source] = field(default_factory=dict)
+    tokenizer: str = "bytes"  # a SentencePiece .model file, or `bytes`: one token a byte, nothing to train
+    seq_len: int = 512  # tokens a row
+    validation: float = 0.01  # share of documents held out, chosen by a hash of their text
+    invalid_utf8: Literal["replace", "drop", "error"] = "replace"  # what becomes of a document with bytes that are not UTF-8
+    cache: str = "~/.cache/jaxllm"  # tokenised text is kept here, by a hash of what it was made from
+    workers: int = 0  # processes that tokenise; 0: one a core
+
+    def __post_init__(self):
+        if self.seq_len < 2:
+            raise ValueError(f"data.seq_len={self.seq_len}: should be at least 2")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"data.validation={self.validation}: should be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    kind: Literal["bpe", "unigram"] = "bpe"  # how SentencePiece builds pieces
+    vocab_size: int = 8192  # pieces, with the special, chat and byte ones
+    character_coverage: float = 0.9995  # share of characters that get a piece; the rest becomes bytes
+    # text read for training, in bytes; a larger corpus is sampled, every document with the same chance
+    sample_bytes: int = 200_000_000
+    held_out: float = 0.02  # share of documents kept from training for the report
+    output: str = "tokenizer.model"  # where the model goes; a .json report is written beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerVerb:
+    sources: dict[str, Source] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    seed: int = 0  # of the sample
+    overwrite: bool = False  # replace a tokenizer that is there

@@ -1,0 +1,61 @@
+"""The knobs of the architecture. No jax here, so that `--help` and planning stay quick."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    d_model: int = 256  # width of the residual stream
+    n_layers: int = 4  # transformer blocks
+    n_heads: int = 4  # query heads; d_model / n_heads is a head's width
+    # heads of keys and values, shared by groups of query heads (grouped-query attention); null: n_heads
+    n_kv_heads: int | None = None
+    # width of the feed-forward's hidden layer; null: 8/3 d_model for gated activations, else 4 d_model, up to a multiple of 64
+    d_ff: int | None = None
+    vocab_size: int | None = None  # rows of the embedding; null: the tokenizer's
+    max_seq_len: int = 1024  # longest sequence the model may be given
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # pre-norm of every block and of the output
+    norm_eps: float = 1e-6  # added to the variance
+    activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"  # feed-forward; the first two are gated
+    position: Literal["rope", "none"] = "rope"  # rotary positions, or none at all
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    window: int | None = None  # a position attends to this many latest ones, itself included; null: to all before it
+    # fan_in: weights have variance 1/fan_in; normal: standard deviation 0.02 (GPT-2). Both shrink what is added to the
+    # residual stream by sqrt(2 n_layers)
+    init: Literal["fan_in", "normal"] = "fan_in"
+    dropout: float = 0.0  # share of each block's output set to 0 in training
+    tied: bool = False  # the output head is the embedding's transpose
+
+    def __post_init__(self):
+        for name in ("d_model", "n_layers", "n_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: should be at least 1")
+        for name in ("n_kv_heads", "d_ff", "vocab_size", "window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: should be at least 1, or null")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={self.kv_heads}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"model.d_model={self.d_model} / model.n_heads={self.n_heads} is {self.head_dim}: rotary "
+                             "positions need an even head width")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout}: should be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def ff_width(self) -> int:
+        return self.d_ff or -(-(8 * self.d_model // 3 if self.gated else 4 * self.d_model) // 64) * 64

@@ -1,0 +1,115 @@
+"""Settings of training: the run, its length, the optimizer, checkpoints, logs. No jax here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxllm.data.config import DataConfig
+from jaxllm.generate.config import SampleConfig
+from jaxllm.mesh import MeshConfig
+from jaxllm.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs/run"  # everything the run writes
+    seed: int = 0  # of the weights, the order of rows, dropout and samples
+    overwrite: bool = False  # delete what is in `dir` and start anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int | None = None  # optimizer steps; this or `tokens`
+    tokens: int | None = None  # length in tokens instead of steps
+    batch_size: int = 32  # sequences a step, over all devices
+    micro_batches: int = 1  # parts a batch is computed in, one after the other: less memory, the same step
+    # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # what the backward pass computes again instead of keeping: none of it, all but matmul results (dots), or all (full)
+    remat: Literal["none", "dots", "full"] = "none"
+    loss_chunk: int = 128  # positions of a sequence whose logits are held at once
+    z_loss: float = 0.0  # weight of the squared log-normaliser, which keeps logits small (PaLM: 1e-4)
+    label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary
+    eval_every: int = 200  # steps between evaluations on held-out rows; 0: never
+    eval_rows: int = 64  # held-out rows an evaluation uses, the same ones each time; 0: all
+    sample_every: int = 500  # steps between samples; 0: never
+    sample_prompts: list[str] = field(default_factory=lambda: [""])  # what samples continue
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_tokens=64))
+
+    def __post_init__(self):
+        for name in ("steps", "tokens", "batch_size", "micro_batches", "loss_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"train.batch_size={self.batch_size} is not divisible by train.micro_batches={self.micro_batches}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"train.label_smoothing={self.label_smoothing}: should be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
+    lr: float = 3e-4  # peak learning rate
+    b1: float = 0.9  # decay of the gradient's mean (adamw, lion), or momentum (sgd, muon)
+    b2: float = 0.95  # decay of the squared gradient's mean (adamw), or of the momentum (lion)
+    eps: float = 1e-8  # adamw: added to the root of the squared gradient's mean
+    weight_decay: float = 0.1  # decoupled, times the learning rate; not on norms, biases and embeddings
+    decay_embeddings: bool = False  # decay the embedding too
+    clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential", "plateau"] = "cosine"
+    warmup: int = 0  # steps over which the rate rises from 0 to the peak in a line
+    final: float = 0.1  # linear, cosine, wsd: the rate at the end, as a share of the peak; plateau: the least share
+    decay_share: float = 0.2  # wsd: share of all steps that the final decay takes
+    step_every: int = 1000  # step: steps between drops; exponential: steps over which the rate falls by `factor`
+    factor: float = 0.5  # step, exponential, plateau: what the rate is multiplied with
+    patience: int = 200  # plateau: steps without a better loss before a drop
+    threshold: float = 1e-3  # plateau: a loss is better when lower by this share
+
+    def __post_init__(self):
+        for name, ok, should in (
+            ("lr", self.lr > 0, "above 0"), ("b1", 0 <= self.b1 < 1, "in [0, 1)"), ("b2", 0 <= self.b2 < 1, "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"), ("clip", self.clip >= 0, "0 or more"),
+            ("warmup", self.warmup >= 0, "0 or more"), ("final", 0 <= self.final <= 1, "in [0, 1]"),
+            ("decay_share", 0 < self.decay_share <= 1, "in (0, 1]"), ("step_every", self.step_every >= 1, "at least 1"),
+            ("factor", 0 < self.factor <= 1, "in (0, 1]"), ("patience", self.patience >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: should be {should}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 500  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int | None = None  # besides, one each this many steps is kept for good
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint.every={self.every}, checkpoint.keep={self.keep}: should be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every: int = 10  # steps between lines of metrics.jsonl and of the progress display
+    tensorboard: bool = True  # write event files too
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"log.every={self.every}: should be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        if (self.train.steps is None) == (self.train.tokens is None):
+            raise ValueError(f"give one of train.steps and train.tokens, found {self.train.steps} and {self.train.tokens}")
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}")
