@@ -23,14 +23,18 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from jaxllm.errors import UserError
 
 
-def load(cls, path: str | None = None, overrides: typing.Sequence[str] = ()):
+def load(cls, path: str | None = None, overrides: typing.Sequence[str] = (), *, ignore: typing.Sequence[str] = ()):
     """Returns a `cls` filled from its defaults, then the YAML file at `path`, then `overrides` ("a.b=value").
 
+    Top-level keys named in `ignore` are passed over (a run folder's config.yaml also holds versions).
     Raises UserError that names the file or flag, the key, what it was and what it should be.
     """
     merged = OmegaConf.structured(cls)
     if path is not None:
-        merged = _merge(cls, merged, _read_yaml(path), where=path)
+        read = _read_yaml(path)
+        for key in ignore:
+            read.pop(key, None)
+        merged = _merge(cls, merged, read, where=path)
     for override in overrides:
         merged = _merge(cls, merged, _read_override(override), where="command line")
     if missing := sorted(OmegaConf.missing_keys(merged)):

@@ -1,0 +1,30 @@
+"""What stands on the trunk. One trunk, several heads: here the language model's."""
+
+import jax
+from flax import nnx
+
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.formulation import Formulation
+from jaxllm.model.layers import std_of, weight
+from jaxllm.model.transformer import Trunk
+
+
+class LanguageModel(nnx.Module):
+    """A trunk and the matrix from its hidden states to the vocabulary."""
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        self.window = cfg.window
+        self.trunk = Trunk(cfg, form, rngs=rngs)
+        self.out_DV = None if cfg.tied else weight(rngs, {"embed": cfg.d_model, "vocab": cfg.vocab_size},
+                                                   std=std_of(cfg, cfg.d_model))
+
+    def head_DV(self) -> jax.Array:
+        return self.trunk.embed_VD[...].T if self.out_DV is None else self.out_DV[...]
+
+    def hidden(self, token_BT, pos_BT, doc_BT=None, key=None) -> jax.Array:
+        """Returns x_BTD, documents kept apart; `key` turns dropout on. Logits are x_BTD @ head_DV(), never made here."""
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+            return self.trunk.form.attention(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.window), cache
+
+        return self.trunk(token_BT, pos_BT, attend, key=key)[0]

@@ -1,0 +1,135 @@
+"""The layers of a block. B batch, T position, D width, N query heads, K kv heads, G heads of a group, H head width,
+F feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.formulation import Formulation
+from jaxllm.partition import constrain
+
+
+def weight(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
+    """Returns a normal float32 parameter whose shape and logical axes are `axes`."""
+    return nnx.Param(jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32) * std, axes=tuple(axes))
+
+
+def std_of(cfg: ModelConfig, fan_in: int, *, residual: bool = False) -> float:
+    """Standard deviation of a weight's init; `residual`: its output is added to the stream 2 n_layers times (GPT-2)."""
+    std = fan_in**-0.5 if cfg.init == "fan_in" else 0.02
+    return std * (2 * cfg.n_layers) ** -0.5 if residual else std
+
+
+def dense(x_BTD: jax.Array, w: jax.Array, flatten: bool) -> jax.Array:
+    """Contracts the last axis of `x_BTD` with the first of `w`; returns [B, T, *w.shape[1:]]."""
+    if not flatten:
+        return jax.lax.dot_general(x_BTD, w, (((2,), (0,)), ((), ())))
+    B, T, D = x_BTD.shape
+    y_MO = x_BTD.reshape(B * T, D) @ w.reshape(D, -1)
+    return y_MO.reshape(B, T, *w.shape[1:])
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square over the width (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale_D = nnx.Param(jnp.ones(width, jnp.float32), axes=("norm",))
+
+    def __call__(self, x_BTD):
+        x32 = x_BTD.astype(jnp.float32)  # bfloat16 squares lose the mean's digits
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return x32.astype(x_BTD.dtype) * self.scale_D[...][None, None]
+
+
+class LayerNorm(nnx.Module):
+    """Centres and scales to variance 1 over the width (Ba et al. 2016)."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale_D = nnx.Param(jnp.ones(width, jnp.float32), axes=("norm",))
+        self.bias_D = nnx.Param(jnp.zeros(width, jnp.float32), axes=("norm",))
+
+    def __call__(self, x_BTD):
+        x32 = x_BTD.astype(jnp.float32)
+        x32 -= jnp.mean(x32, -1, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return x32.astype(x_BTD.dtype) * self.scale_D[...][None, None] + self.bias_D[...][None, None]
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def rope(x_BTNH, pos_BT, theta: float):
+    """Rotates pairs (i, i + H/2) of a head by pos * theta^(-2i/H) (Su et al. 2021)."""
+    half = x_BTNH.shape[-1] // 2
+    freq_H = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)  # float32: bfloat16 cannot count past 256
+    angle_BTH = pos_BT.astype(jnp.float32)[:, :, None] * freq_H[None, None]
+    sin, cos = jnp.sin(angle_BTH)[:, :, None], jnp.cos(angle_BTH)[:, :, None]
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023) around a body that the caller gives."""
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        D, K, H = cfg.d_model, cfg.kv_heads, cfg.head_dim
+        G = cfg.n_heads // K
+        self.flatten, self.position, self.theta = form.flatten, cfg.position, cfg.rope_theta
+        # One matmul for all three; a kv head's G queries, key and value stay on one device.
+        self.qkv_DKGH = weight(rngs, {"embed": D, "kv_heads": K, "qkv": G + 2, "head_dim": H}, std=std_of(cfg, D))
+        self.out_NHD = weight(rngs, {"heads": cfg.n_heads, "head_dim": H, "embed": D},
+                              std=std_of(cfg, D, residual=True))
+
+    def __call__(self, x_BTD, pos_BT, attend, cache=None):
+        qkv_BTKGH = constrain(dense(x_BTD, self.qkv_DKGH[...], self.flatten), "batch", "seq", "kv_heads", None, None)
+        B, T, K, G, H = qkv_BTKGH.shape
+        q_BTNH = qkv_BTKGH[:, :, :, :-2].reshape(B, T, K * (G - 2), H)
+        k_BTKH, v_BTKH = qkv_BTKGH[:, :, :, -2], qkv_BTKGH[:, :, :, -1]
+        if self.position == "rope":
+            q_BTNH, k_BTKH = rope(q_BTNH, pos_BT, self.theta), rope(k_BTKH, pos_BT, self.theta)
+        o_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache)
+        N, H, D = self.out_NHD.shape
+        return dense(o_BTNH.reshape(B, T, N * H), self.out_NHD[...].reshape(N * H, D), self.flatten), cache
+
+
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu2": lambda x: jnp.square(jax.nn.relu(x))}
+
+
+class FeedForward(nnx.Module):
+    """Two matmuls around an activation."""
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        D, F = cfg.d_model, cfg.ff_width
+        self.flatten, self.activation = form.flatten, cfg.activation
+        self.up_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
+        self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
+
+    def __call__(self, x_BTD):
+        h_BTF = ACTIVATIONS[self.activation](dense(x_BTD, self.up_DF[...], self.flatten))
+        return dense(constrain(h_BTF, "batch", "seq", "mlp"), self.down_FD[...], self.flatten)
+
+
+class GatedFeedForward(nnx.Module):
+    """SwiGLU and its kin: one half of a wide matmul gates the other (Shazeer 2020)."""
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        D, F = cfg.d_model, cfg.ff_width
+        self.flatten, self.activation = form.flatten, cfg.activation
+        self.gate_up_DCF = weight(rngs, {"embed": D, "gate_up": 2, "mlp": F}, std=std_of(cfg, D))
+        self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
+
+    def __call__(self, x_BTD):
+        both_BTCF = constrain(dense(x_BTD, self.gate_up_DCF[...], self.flatten), "batch", "seq", None, "mlp")
+        h_BTF = ACTIVATIONS[self.activation](both_BTCF[:, :, 0]) * both_BTCF[:, :, 1]
+        return dense(h_BTF, self.down_FD[...], self.flatten)
+
+
+def dropout(x_BTD, rate: float, key):
+    """Sets a share `rate` to 0 and scales the rest up; `key` None: returns `x_BTD`."""
+    if key is None or rate == 0:
+        return x_BTD
+    keep = jax.random.bernoulli(key, 1 - rate, x_BTD.shape)
+    return jnp.where(keep, x_BTD / (1 - rate), jnp.zeros((), x_BTD.dtype))

@@ -1,0 +1,81 @@
+"""The trunk: embedding, stacked blocks, final norm. Heads stand in heads.py."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.formulation import Formulation
+from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, std_of, weight
+from jaxllm.partition import constrain
+
+REMAT = {  # name -> what jax.checkpoint keeps; "none" keeps everything and is not wrapped at all
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: attention, then feed-forward, each added to the residual."""
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        norm, ff = NORMS[cfg.norm], GatedFeedForward if cfg.gated else FeedForward
+        self.dropout = cfg.dropout
+        self.attn_norm, self.attn = norm(cfg.d_model, cfg.norm_eps), Attention(cfg, form, rngs=rngs)
+        self.mlp_norm, self.mlp = norm(cfg.d_model, cfg.norm_eps), ff(cfg, form, rngs=rngs)
+
+    def __call__(self, x_BTD, pos_BT, attend, cache=None, key=None):
+        attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        y_BTD, cache = self.attn(self.attn_norm(x_BTD), pos_BT, attend, cache)
+        x_BTD += dropout(y_BTD, self.dropout, attn_key)
+        x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key)
+        return constrain(x_BTD, "batch", "seq", "act"), cache
+
+
+class Trunk(nnx.Module):
+    """Tokens to the hidden states of the last layer, normalised.
+
+    `attend(q_BTNH, k_BTKH, v_BTKH, cache) -> (o_BTNH, cache)` is called once a layer, so masks, kernels and caches are
+    the caller's: training gives a whole-sequence body and no cache, decoding a body that reads and extends its cache.
+    """
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        self.form, self.n_layers = form, cfg.n_layers
+        self.embed_VD = weight(rngs, {"vocab": cfg.vocab_size, "embed": cfg.d_model}, std=std_of(cfg, cfg.d_model))
+        key_L = jax.random.split(rngs.params(), cfg.n_layers)
+        self.blocks_L = nnx.vmap(lambda key: Block(cfg, form, rngs=nnx.Rngs(key)))(key_L)
+        self.norm = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps)
+
+    def __call__(self, token_BT, pos_BT, attend, cache_L=None, key=None):
+        x_BTD, cache_L = self.blocks(self.embed(token_BT), pos_BT, attend, cache_L, key)
+        return self.norm(x_BTD), cache_L
+
+    def embed(self, token_BT):
+        # The width is gathered first: a table split both ways cannot be looked up without copying all of it.
+        table_VD = constrain(self.embed_VD[...], "vocab", None)
+        return constrain(table_VD[token_BT], "batch", "seq", "act")
+
+    def blocks(self, x_BTD, pos_BT, attend, cache_L=None, key=None):
+        """Runs the layers; returns the residual stream and the caches, stacked as they came."""
+        graph, stacked = nnx.split(self.blocks_L)
+        key_L = None if key is None else jax.random.split(key, self.n_layers)
+
+        def layer(x_BTD, xs):
+            params, cache, key = xs
+            return nnx.merge(graph, params)(x_BTD, pos_BT, attend, cache, key)
+
+        if self.form.remat in REMAT:
+            layer = jax.checkpoint(layer, policy=REMAT[self.form.remat])
+        if not self.form.unroll:
+            return jax.lax.scan(layer, x_BTD, (stacked, cache_L, key_L))
+        caches = []
+        for xs in unstack((stacked, cache_L, key_L), self.n_layers):
+            x_BTD, cache = layer(x_BTD, xs)
+            caches.append(cache)
+        return x_BTD, None if cache_L is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
+
+
+def unstack(tree, n: int) -> list:
+    """Returns the n slices of a tree of stacked arrays; the transpose is one concatenation, not n padded sums."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(structure, leaf) for leaf in zip(*map(jnp.unstack, leaves), strict=True)] if leaves else [tree] * n

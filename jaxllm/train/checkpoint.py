@@ -1,0 +1,224 @@
+"""Checkpoints: Orbax, written in the background, complete or absent, checked against damage.
+
+`checkpoints/STEP/` holds two trees, `params` and `train` (optimizer, step, RNG), so that a sampler reads only the first,
+and `meta`: the data position, and of every array its shape, type and a checksum that does not depend on the mesh.
+"""
+
+import contextlib
+import errno
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.errors import RunError, UserError
+from jaxllm.mesh import MeshConfig
+from jaxllm.partition import leaf_name, make_mesh
+from jaxllm.train.config import CheckpointConfig
+from jaxllm.train.run_folder import read_config
+from jaxllm.train.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run. `with Checkpoints(...)` waits for the last write on leaving."""
+
+    def __init__(self, folder: pathlib.Path, cfg: CheckpointConfig | None = None):
+        import orbax.checkpoint as ocp  # a second to import; a finished run needs none of it
+
+        self.ocp, self.folder = ocp, pathlib.Path(folder).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if cfg is not None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, keep_period=cfg.keep_every, create=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    def steps(self) -> list[int]:
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: TrainState, position: dict) -> None:
+        """Starts to write a checkpoint; returns when the arrays may be reused. Raises RunError when the disk is full."""
+        args = self.ocp.args
+        meta = {"position": position, "arrays": describe(state)}
+        with self._disk_errors():
+            self.manager.save(step, force=True, args=args.Composite(
+                params=args.StandardSave(state.params), train=args.StandardSave(_rest(state)), meta=args.JsonSave(meta)))
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete on disk."""
+        with self._disk_errors():
+            self.manager.wait_until_finished()
+
+    def restore(self, abstract: TrainState, step: int | None = None, *, damaged=lambda step, why: None):
+        """Returns (state, position) of the newest good checkpoint, or of `step`; None when there is none.
+
+        A checkpoint that cannot be read, or whose arrays do not match their checksums, is told to `damaged(step, why)`
+        and the one before it is tried. Raises UserError when the arrays have other shapes than `abstract`.
+        """
+        args = self.ocp.args
+        for candidate in self._candidates(step):
+            meta = self._meta(candidate, damaged)
+            if meta is None:
+                continue
+            check_shapes(abstract, meta["arrays"], f"{self.folder / str(candidate)}")
+            try:
+                read = self.manager.restore(candidate, args=args.Composite(
+                    params=args.StandardRestore(abstract.params), train=args.StandardRestore(_rest(abstract))))
+                state = TrainState(params=read.params, **read.train)
+                wrong = check_sums(state, meta["arrays"])
+            except Exception as e:  # whatever a damaged file makes the readers raise
+                damaged(candidate, _first_line(e))
+                continue
+            if not wrong:
+                return state, meta["position"]
+            damaged(candidate, f"{wrong[0]} does not match its checksum")
+        return None
+
+    def restore_params(self, abstract_params, step: int | None = None, *, damaged=lambda step, why: None):
+        """Returns (parameters, step) of the newest good checkpoint, or of `step`; None when there is none."""
+        args = self.ocp.args
+        for candidate in self._candidates(step):
+            meta = self._meta(candidate, damaged)
+            if meta is None:
+                continue
+            check_shapes({"params": abstract_params}, meta["arrays"], f"{self.folder / str(candidate)}")
+            try:
+                params = self.manager.restore(candidate, args=args.Composite(params=args.StandardRestore(abstract_params))).params
+                wrong = check_sums({"params": params}, meta["arrays"])
+            except Exception as e:
+                damaged(candidate, _first_line(e))
+                continue
+            if not wrong:
+                return params, candidate
+            damaged(candidate, f"{wrong[0]} does not match its checksum")
+        return None
+
+    def set_aside(self, after: int) -> None:
+        """Moves checkpoints later than `after`, which could not be read, out of the way of new ones; none is deleted."""
+        for step in [s for s in self.steps() if s > after]:
+            target = self.folder.with_name("damaged-checkpoints") / f"{step}-{time.time_ns()}"
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        self.manager.reload()
+
+    def _candidates(self, step: int | None) -> list[int]:
+        steps = self.steps()
+        if step is None:
+            return steps[::-1]
+        if step not in steps:
+            raise UserError(f"{self.folder}: no checkpoint of step {step}; there are: {', '.join(map(str, steps)) or 'none'}")
+        return [step]
+
+    def _meta(self, step: int, damaged) -> dict | None:
+        try:
+            meta = self.manager.restore(step, args=self.ocp.args.Composite(meta=self.ocp.args.JsonRestore())).meta
+            return meta if meta["arrays"] else None
+        except Exception as e:  # as above
+            damaged(step, _first_line(e))
+            return None
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as e:  # tensorstore tells of a full disk through ValueError
+            text = f"{e} {e.__cause__ or ''}"
+            full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+                sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota exceeded", "File too large"))
+            if not full and not isinstance(e, OSError):
+                raise
+            good = ", ".join(map(str, self.steps())) or "none"
+            reason = "the disk is full" if full else _first_line(e)
+            raise RunError(f"{self.folder}: checkpoint not written: {reason}; complete checkpoints: {good}. Free some space "
+                           "and run the same command again") from e
+
+
+def _rest(state: TrainState) -> dict:
+    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+
+
+def _named(tree) -> dict:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def describe(state: TrainState) -> dict:
+    """Returns {leaf: [shape, type, checksum]} of a state, as JSON."""
+    named = _named(state)
+    sums = jax.device_get(_checksums(list(named.values())))
+    return {name: [list(leaf.shape), str(leaf.dtype), int(total)] for (name, leaf), total in zip(named.items(), sums, strict=True)}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Weighted sums of the arrays' bits, modulo 2^32: the same on every mesh, other when any one bit is."""
+
+    def total(x):
+        bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
+        flat = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) for i in range(x.ndim)]
+        weight = sum((i * jnp.uint32(2654435761 + 2 * n) for n, i in enumerate(flat)), jnp.zeros(x.shape, jnp.uint32))
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * weight + 1), dtype=jnp.uint32)
+
+    return [total(x) for x in leaves]
+
+
+def check_sums(tree, arrays: dict) -> list[str]:
+    """Returns the names of the arrays that differ from their checksums."""
+    named = _named(tree)
+    sums = jax.device_get(_checksums(list(named.values())))
+    return [name for name, total in zip(named, sums, strict=True) if int(total) != arrays[name][2]]
+
+
+def check_shapes(abstract, arrays: dict, where: str) -> None:
+    """Raises UserError that names the first array whose shape or type is not the model's."""
+    expected = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named(abstract).items()}
+    for name, shape_and_type in expected.items():
+        found = arrays.get(name, ["absent", ""])[:2]
+        if found != shape_and_type:
+            raise UserError(f"{where}: {name} is {found[0]} {found[1]}, the model of these settings has "
+                            f"{shape_and_type[0]} {shape_and_type[1]}")
+    if extra := [n for n in arrays if n not in expected and n.split(".")[0] in {e.split(".")[0] for e in expected}]:
+        raise UserError(f"{where}: holds {extra[0]}, which the model of these settings does not have")
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
+
+
+def load_model(folder, step: int | None = None, mesh=None):
+    """Returns (settings, graph, parameters, step) of a run's newest good checkpoint, or of `step`.
+
+    `mesh` None: the run's own mesh where this machine has its devices, else one device. Raises UserError when the folder
+    is no run or holds no readable checkpoint.
+    """
+    from jaxllm.train.optim import make_optimizer
+    from jaxllm.train.state import build
+
+    folder = pathlib.Path(folder)
+    cfg = read_config(folder)
+    mesh = mesh or run_mesh(cfg)
+    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, 1), mesh)
+    told = []
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore_params(program.abstract.params, step, damaged=lambda s, why: told.append(f"step {s}: {why}"))
+    if found is None:
+        raise UserError(f"{folder}: no checkpoint that can be read{''.join('; ' + t for t in told)}")
+    for line in told:
+        print(f"! damaged checkpoint passed over: {line}", file=sys.stderr)
+    return cfg, program.graph, *found
+
+
+def run_mesh(cfg):
+    """Returns the mesh of a run's settings where this machine has the devices for it, else one of one device."""
+    try:
+        return make_mesh(cfg.mesh)
+    except UserError:
+        return make_mesh(MeshConfig(data=1), jax.devices()[:1])

@@ -1,0 +1,86 @@
+"""What a run writes while it goes: metrics.jsonl, incidents.jsonl, samples.jsonl, TensorBoard, the progress display."""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+
+import jax
+
+from jaxllm.train.run_folder import drop_lines_after
+
+
+class RunLog:
+    """Appends to the run folder's logs and shows progress. Lines are flushed at once, so a kill loses none."""
+
+    def __init__(self, folder: pathlib.Path, *, steps: int, start: int, tensorboard: bool):
+        self.folder, self.steps, self.start = folder, steps, start
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            drop_lines_after(folder / name, start)
+        self.board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.terminal = sys.stderr.isatty()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.board is not None:
+            self.board.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        print(f"\r\033[K{text}" if self.terminal else text, file=sys.stderr, flush=True)
+
+    def metrics(self, line: dict) -> None:
+        self._append("metrics.jsonl", line)
+        if self.board is not None:
+            for name, value in line.items():
+                if name not in ("step", "time"):
+                    self.board.add_scalar(name, value, line["step"])
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        shown = " ".join(f"{prompt}{text}".split())
+        self.say(f"  sample at step {step}: {shown[:160]}")
+        if self.board is not None:
+            self.board.add_text("sample", f"{prompt}{text}", step)
+
+    def incident(self, step: int, kind: str, message: str) -> None:
+        self._append("incidents.jsonl", {"time": time.time(), "step": step, "kind": kind, "message": message})
+        self.say(f"! {message}")
+
+    def progress(self, line: dict, seconds_left: float) -> None:
+        parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}",
+                 f"{line['tokens_per_s']:,.0f} tok/s"]
+        if "model_tflops_per_s" in line:
+            parts.append(f"{line['model_tflops_per_s']:.3g} TFLOP/s")
+        if "mfu" in line:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        parts.append(f"ETA {clock(seconds_left)}")
+        text = "  ".join(parts)
+        if self.terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _append(self, name: str, line: dict) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def memory() -> dict[str, float]:
+    """Returns peak memory in GB of this process and, where the back end tells, of its fullest device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    device = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return {"host_gb": round(peak / 1e9, 3)} | ({"device_gb": round(max(device) / 1e9, 3)} if device else {})
+
+
+def clock(seconds: float) -> str:
+    s = int(max(seconds, 0))
+    return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"

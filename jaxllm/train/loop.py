@@ -1,0 +1,167 @@
+"""The loop of a run: feed, step, log, evaluate, sample, save; stop cleanly when asked to.
+
+A step is dispatched before the metrics of the one before it are read, so the device does not wait for the host. What a
+step writes comes in one order (metrics, evaluation, samples, checkpoint), and a checkpoint is only taken of a step whose
+numbers were read and found finite: what is logged up to a checkpoint is then part of it.
+"""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from jaxllm.errors import RunError, Stopped
+from jaxllm.partition import batch_sharding
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.config import LogConfig, TrainConfig
+from jaxllm.train.log import RunLog, memory
+from jaxllm.train.stability import leaf_names, not_finite
+from jaxllm.train.state import Program, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything one run is made of."""
+
+    program: Program
+    batches: Callable[[int], Iterator[dict]]  # step -> the batches from that step on
+    evaluate: Callable[[object], dict]  # params -> metrics, or {} with nothing held out
+    sample: Callable[[object, int], list[tuple[str, str]]]  # params, step -> prompts and their continuations
+    checkpoints: Checkpoints
+    log: RunLog
+    steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None  # of all devices together; None: unknown chip
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one kills as usual."""
+
+    def __init__(self):
+        self.name = None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _note(self, number, frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, self.before[number])
+
+
+class Clock:
+    """Time spent in steps between two log lines, without evaluation, sampling and saving."""
+
+    def __init__(self):
+        self.started, self.steps, self.aside = time.perf_counter(), 0, 0.0
+
+    def seconds_per_step(self) -> float:
+        """Returns the mean since the last call, and starts anew."""
+        now = time.perf_counter()
+        mean = (now - self.started - self.aside) / max(self.steps, 1)
+        self.started, self.steps, self.aside = now, 0, 0.0
+        return mean
+
+
+def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every: int, state: TrainState, start: int) -> TrainState:
+    """Takes a run from step `start` to its end; returns the last state. Raises Stopped or RunError."""
+    names, rows = leaf_names(run.program.abstract.params), batch_sharding(run.program.mesh)
+    batches, clock, pending = run.batches(start), Clock(), None
+    with StopRequest() as stop:
+        batch = _put(next(batches), rows)
+        for step in range(start + 1, run.steps + 1):
+            state, metrics = run.program.train_step(state, batch)
+            if pending is not None:
+                _read(run, pending, names, log_cfg.every, clock)
+            pending = step, metrics
+            if step < run.steps:
+                batch = _put(next(batches), rows)  # while the step runs
+            last = step == run.steps or stop.name is not None
+            due = {"eval": _due(step, train_cfg.eval_every, last), "sample": _due(step, train_cfg.sample_every, last),
+                   "save": last or step % checkpoint_every == 0}
+            if any(due.values()):
+                _read(run, pending, names, log_cfg.every, clock)
+                pending = None
+                _aside(run, due, step, state, clock)
+            if stop.name is not None and step < run.steps:
+                run.checkpoints.wait()
+                run.log.incident(step, "stopped", f"stopped by {stop.name} after step {step}; run the same command to go on")
+                raise Stopped(f"stopped after step {step}, saved; run the same command to go on")
+    run.checkpoints.wait()
+    return state
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
+
+
+def _put(batch: dict, rows) -> dict:
+    """Returns this process's rows as part of the global batch on the devices."""
+    return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
+
+
+def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None:
+    """Waits for a step's metrics; stops the run if they are not finite; logs them if it is their turn."""
+    step, metrics = pending
+    metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+    if why := not_finite(names, metrics):
+        run.checkpoints.wait()
+        good = run.checkpoints.steps()
+        after = f"last good checkpoint: {run.checkpoints.folder / str(good[-1])}" if good else "no checkpoint was taken yet"
+        message = f"step {step}: {why}; {after}"
+        run.log.incident(step, "not_finite", message)
+        raise RunError(message)
+    clock.steps += 1
+    if step % every and step != run.steps:
+        return
+    seconds = clock.seconds_per_step()
+    rate = run.tokens_per_step / seconds
+    line = {
+        "step": step, "tokens": step * run.tokens_per_step, "time": round(time.time(), 3), "loss": float(metrics["loss"]),
+        "grad_norm": float(metrics["grad_norm"]), "lr": float(metrics["lr"]), "tokens_per_s": round(rate, 1),
+        "step_s": round(seconds, 5), "model_tflops_per_s": float(f"{rate * run.flops_per_token / 1e12:.4g}"),
+    }
+    if run.peak_flops is not None:
+        line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
+    line |= memory()
+    run.log.metrics(line)
+    run.log.progress(line, (run.steps - step) * seconds)
+
+
+def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> None:
+    """Evaluates, samples and saves, as is due; its time does not count as training's."""
+    began = time.perf_counter()
+    if due["eval"] and (found := run.evaluate(state.params)):
+        line = {"step": step, "tokens": step * run.tokens_per_step, "time": round(time.time(), 3), **found}
+        run.log.metrics(line)
+        bits = f", {found['eval_bits_per_byte']:.4f} bits per byte" if "eval_bits_per_byte" in found else ""
+        run.log.say(f"  held-out at step {step}: loss {found['eval_loss']:.4f}, perplexity {found['eval_perplexity']:.2f}{bits}")
+    if due["sample"]:
+        for prompt, text in run.sample(state.params, step):
+            run.log.sample(step, prompt, text)
+    if due["save"]:
+        run.checkpoints.save(step, state, {"step": step})
+    clock.aside += time.perf_counter() - began
+
+
+def evaluate(program: Program, held_out, params) -> dict:
+    """Returns loss (nats a token), perplexity and bits per byte over the held-out rows; {} without any."""
+    total, n_tokens, n_bytes = 0.0, 0.0, 0
+    rows = batch_sharding(program.mesh)
+    for batch in held_out.batches():
+        loss, n = program.eval_step(params, _put(batch, rows))
+        total, n_tokens = total + float(loss), n_tokens + float(n)
+        n_bytes += held_out.bytes_of(batch["target_BT"], batch["weight_BT"])
+    if not n_tokens:
+        return {}
+    found = {"eval_loss": total / n_tokens, "eval_perplexity": math.exp(min(total / n_tokens, 700)), "eval_tokens": int(n_tokens)}
+    return found | ({"eval_bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})

@@ -1,0 +1,86 @@
+"""The optimizer: clipping, the update rule, decoupled weight decay, the learning rate. All of it from optax."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon, reduce_on_plateau
+
+from jaxllm.train.config import OptimConfig
+from jaxllm.train.schedules import make_schedule
+
+
+class Optimizer(NamedTuple):
+    tx: optax.GradientTransformationExtraArgs
+    rate: Callable  # (step, opt_state) -> the learning rate that the update at `step` used
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
+    """Returns the update rule and the rate of a run of `steps`.
+
+    Decay is decoupled (Loshchilov and Hutter 2019), times the learning rate, and leaves norms, biases and embeddings
+    alone; `tx.update` takes the step's loss as `value`, which reduce-on-plateau follows.
+    """
+    schedule = make_schedule(cfg, steps)
+    parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    parts += [_rule(cfg, schedule)]
+    if cfg.schedule != "plateau":
+        return Optimizer(optax.with_extra_args_support(optax.chain(*parts)), lambda step, opt_state: schedule(step))
+    parts += [reduce_on_plateau(cfg.factor, cfg.patience, rtol=cfg.threshold, min_scale=cfg.final)]
+    tx = optax.chain(*parts)
+    return Optimizer(tx, lambda step, opt_state: schedule(step) * opt_state[-1].scale)
+
+
+def _rule(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    if cfg.name == "muon":  # matrices inside blocks; everything else by AdamW (Jordan et al. 2024)
+        return muon(schedule, beta=cfg.b1, weight_decay=cfg.weight_decay, weight_decay_mask=lambda p: decayed(p, cfg),
+                    muon_weight_dimension_numbers=muon_dimensions, adam_b1=cfg.b1, adam_b2=cfg.b2, consistent_rms=0.2)
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        "lion": lambda: optax.scale_by_lion(cfg.b1, cfg.b2),  # Chen et al. 2023
+        "sgd": lambda: optax.trace(cfg.b1) if cfg.b1 else optax.identity(),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),  # Shazeer, Stern 2018
+    }[cfg.name]()
+    decay = optax.add_decayed_weights(cfg.weight_decay, mask=lambda p: decayed(p, cfg)) if cfg.weight_decay else optax.identity()
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
+
+
+def is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def decayed(params, cfg: OptimConfig):
+    """Returns True for every parameter that weight decay shrinks: matrices, the embedding only if asked."""
+
+    def shrinks(var):
+        embedding = var.axes[0] == "vocab"
+        return var.replace("norm" not in var.axes and (not embedding or cfg.decay_embeddings))
+
+    return jax.tree.map(shrinks, params, is_leaf=is_variable)
+
+
+def muon_dimensions(params):
+    """Returns which axes of each block matrix Muon contracts and produces; None for what AdamW trains.
+
+    Leading layer axes, and the two halves of a gated feed-forward, are matrices of their own.
+    """
+
+    def dimensions(var):
+        if not jax.tree.leaves(var):  # optax masks what the other of the two optimizers trains
+            return var
+        axes, stacked = var.axes, var.ndim - len(var.axes)
+        if "vocab" in axes or "norm" in axes:
+            return var.replace(None)
+        own = [stacked + i for i, name in enumerate(axes) if name != "gate_up"]
+        reads = own[:1] if axes[0] == "embed" else own[:-1]
+        return var.replace(MuonDimensionNumbers(tuple(reads), tuple(i for i in own if i not in reads)))
+
+    return jax.tree.map(dimensions, params, is_leaf=is_variable)
+
+
+def finite_leaves(tree) -> jax.Array:
+    """Returns bool [n_leaves]: which leaves hold only finite numbers."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,158 @@
+"""`jaxllm pretrain CONFIG`: from settings to a finished run."""
+
+import dataclasses
+import math
+import pathlib
+import shutil
+import sys
+import time
+
+from jaxllm import config
+from jaxllm.errors import UserError
+from jaxllm.train.config import PretrainConfig
+from jaxllm.train.run_folder import claimed, open_run
+
+
+def main(cfg: PretrainConfig) -> dict:
+    """Trains, or goes on training, a language model; returns the run's last numbers."""
+    folder = pathlib.Path(cfg.run.dir)
+    if not cfg.data.sources:
+        raise UserError("data.sources is empty: give at least one, e.g. --data.sources.books.path=books/")
+    with claimed(folder):
+        return _run(cfg, folder)
+
+
+def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
+    from jaxllm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    cfg = resolve(cfg, tokenizer)
+    changes = open_run(cfg, config.to_dict(cfg))
+    if cfg.data.tokenizer != "bytes":
+        shutil.copyfile(cfg.data.tokenizer, folder / "tokenizer.model")  # the run folder is whole without the original
+    steps = n_steps(cfg)
+
+    from jaxllm.platform import start_jax
+
+    start_jax()
+    import jax
+
+    from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
+    from jaxllm.partition import make_mesh
+    from jaxllm.train.checkpoint import Checkpoints
+    from jaxllm.train.log import RunLog
+    from jaxllm.train.loop import train
+    from jaxllm.train.optim import make_optimizer
+    from jaxllm.train.state import build
+
+    mesh = make_mesh(cfg.mesh)
+    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
+    stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True))
+    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, **where)
+    held_out = ValidationInput(stores, cfg.data, cfg.train.batch_size, cfg.train.eval_rows)
+
+    with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints:
+        state, start, incidents = _restore_or_init(program, checkpoints)
+        with RunLog(folder, steps=steps, start=start, tensorboard=cfg.log.tensorboard) as log:
+            for step, kind, message in incidents:
+                log.incident(step, kind, message)
+            if changes and start:
+                log.incident(start, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
+            if start >= steps:
+                print(f"{folder}: finished: step {start} of {steps}; raise train.steps to go on", file=sys.stderr)
+                return {"run": str(folder), "step": start, "finished": True}
+            run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps)
+            _say_what_runs(cfg, program, rows, run, start)
+            began = time.perf_counter()
+            state = train(run, cfg.train, cfg.log, cfg.checkpoint.every, state, start)
+            log.say("")
+    return _finish(folder, steps, time.perf_counter() - began)
+
+
+def resolve(cfg: PretrainConfig, tokenizer) -> PretrainConfig:
+    """Fills in the vocabulary; raises UserError when the model's is smaller than the tokenizer's."""
+    size = cfg.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size={size} is smaller than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}; "
+                        f"set it to {tokenizer.vocab_size} or more, or leave it out")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+
+
+def n_steps(cfg: PretrainConfig) -> int:
+    return cfg.train.steps or math.ceil(cfg.train.tokens / (cfg.train.batch_size * cfg.data.seq_len))
+
+
+def _restore_or_init(program, checkpoints):
+    """Returns (state, its step, incidents to log): the newest good checkpoint, or a new state."""
+    incidents = []
+
+    def damaged(step, why):
+        incidents.append((step, "damaged_checkpoint", f"checkpoint {checkpoints.folder / str(step)} is damaged ({why}); "
+                                                      "trying the one before it"))
+
+    if not checkpoints.steps():
+        return program.init(), 0, incidents
+    restored = checkpoints.restore(program.abstract, damaged=damaged)
+    if restored is None:
+        tried = "; ".join(message for *_, message in incidents)
+        raise UserError(f"{checkpoints.folder}: no checkpoint can be read: {tried}. --run.overwrite=true starts anew")
+    state, position = restored
+    checkpoints.set_aside(after=position["step"])
+    incidents.append((position["step"], "resumed", f"goes on from step {position['step']}"))
+    return state, position["step"], incidents
+
+
+def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps):
+    """Returns the run's parts, wired together."""
+    from jaxllm.hardware import chip
+    from jaxllm.train.flops import training_flops_per_token
+    from jaxllm.train.loop import Run, evaluate
+
+    known = chip(program.mesh.devices.flat[0].device_kind)
+    return Run(
+        program=program, batches=rows.batches, evaluate=lambda params: evaluate(program, held_out, params),
+        sample=lambda params, step: sample(cfg, program, tokenizer, params), checkpoints=checkpoints, log=log, steps=steps,
+        tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,
+        flops_per_token=training_flops_per_token(cfg.model, cfg.data.seq_len),
+        peak_flops=known.bf16_flops * program.mesh.size if known else None,
+    )
+
+
+def sample(cfg, program, tokenizer, params) -> list[tuple[str, str]]:
+    """Returns (prompt, continuation) of every sample prompt, drawn with the run's settings."""
+    from jaxllm.generate.engine import Engine
+
+    engine = Engine(program.graph, params, cfg.model, tokenizer, program.mesh)
+    made = engine.generate(cfg.train.sample_prompts, cfg.train.sample)
+    return [(prompt, one.text) for prompt, one in zip(cfg.train.sample_prompts, made, strict=True)]
+
+
+def _say_what_runs(cfg, program, rows, run, start):
+    import jax
+
+    from jaxllm.train.flops import formula
+
+    n = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params))
+    devices = program.mesh.devices
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    for line in (
+        f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
+        f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
+        f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, {run.steps * run.tokens_per_step / 1e6:.2f} M in all",
+        f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
+        rows.describe(),
+        "compiling the step",
+    ):
+        run.log.say(line)
+
+
+def _finish(folder: pathlib.Path, steps: int, seconds: float) -> dict:
+    from jaxllm.report.page import write_page
+    from jaxllm.report.read import last_line
+
+    page = write_page([folder], folder / "report.html")
+    train, held_out = last_line(folder, "loss"), last_line(folder, "eval_loss")
+    print(f"finished: step {steps} in {seconds:.0f} s; curves and samples: {page}", file=sys.stderr)
+    return {"run": str(folder), "step": steps, "finished": True, "report": str(page)} | {
+        k: v for k, v in {**train, **held_out}.items() if k in ("tokens", "loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte")}

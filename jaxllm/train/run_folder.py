@@ -1,0 +1,129 @@
+"""The run folder: who may write in it, what was run in it, and whether this command goes on with it."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+
+import yaml
+
+from jaxllm import config
+from jaxllm.errors import UserError
+from jaxllm.train.config import PretrainConfig
+
+PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents.jsonl", "samples.jsonl", "report.html",
+        "tokenizer.model")
+# What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
+MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.micro_batches", "train.remat",
+              "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
+              "train.sample.", "optim.lr", "optim.final", "optim.weight_decay", "optim.clip", "checkpoint.", "log.", "mesh.",
+              "data.cache", "data.workers", "data.sources.")
+
+
+@contextlib.contextmanager
+def claimed(folder: pathlib.Path):
+    """Holds the folder for this process; raises UserError when a live process has it. A kill frees it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "run.lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(f"{folder}: in use by a live run (process {owner}); stop it, or give another run.dir") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
+
+
+def open_run(cfg: PretrainConfig, resolved: dict) -> list[str]:
+    """Writes config.yaml, or compares it with the one there; returns what changed since the last start, as text.
+
+    Raises UserError that names the keys when one that may not change has changed.
+    """
+    folder = pathlib.Path(cfg.run.dir)
+    if cfg.run.overwrite:
+        for name in OURS:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    changes = []
+    if (folder / "config.yaml").exists():
+        before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
+        differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
+                  and not k.startswith(("versions.", "commit"))]
+        changes = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ]
+        blocking = [c for k, c in zip(differ, changes, strict=True) if not k.startswith(MAY_CHANGE)]
+        if blocking and (folder / "checkpoints").exists():
+            raise UserError(f"{folder} holds a run with other settings ({'; '.join(blocking)}): set them back, give another "
+                            "run.dir, or --run.overwrite=true to delete that run")
+        changes = [c for k, c in zip(differ, changes, strict=True) if k not in ("run.dir", "run.overwrite")]
+    write_atomically(folder / "config.yaml", config.to_yaml({**resolved, "versions": versions(), "commit": commit()}))
+    return changes
+
+
+def read_yaml(folder: pathlib.Path) -> dict:
+    try:
+        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a run folder (no config.yaml){near_folder(folder)}") from None
+
+
+def read_config(folder: pathlib.Path) -> PretrainConfig:
+    """Returns the resolved settings that a run was started with."""
+    read_yaml(folder)  # for its message
+    return config.load(PretrainConfig, str(folder / "config.yaml"), ignore=("versions", "commit"))
+
+
+def near_folder(folder: pathlib.Path) -> str:
+    """Returns "; runs there: …" with the run folders beside a missing one."""
+    beside = folder.parent if not folder.exists() else folder
+    found = sorted(str(p.parent) for p in beside.glob("*/config.yaml"))[:5] if beside.is_dir() else []
+    return f"; run folders there: {', '.join(found)}" if found else ""
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """Returns the commit of the code that runs, with "+changes" where its tree differs from it; None outside git."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    return None
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def drop_lines_after(path: pathlib.Path, step: int) -> None:
+    """Removes what a killed run wrote after the checkpoint that it goes on from, and a last line cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+    write_atomically(path, "".join(kept))

