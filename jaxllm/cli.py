@@ -99,7 +99,7 @@ def parse(verb: Verb, argv: list[str]):
     words = [w for w in argv if not w.startswith("--")]
     flags = [w[2:] for w in argv if w.startswith("--")]
     json_to = next((f[5:] for f in flags if f.startswith("json=")), None)
-    overrides = [f for f in flags if not f.startswith("json=")]
+    overrides = [f if "=" in f else f"{f}=true" for f in flags if not f.startswith("json=")]
     if verb.takes == "config":
         if len(words) != 1:
             raise UserError(f"expected one config file, found {words or 'none'}; usage: jaxllm {verb.usage}")

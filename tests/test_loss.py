@@ -112,6 +112,7 @@ def test_split_over_rows_and_vocabulary_equals_one_device(spec):
     def step(*a):
         return value_and_grads(lambda *x: next_token_loss(*x, chunk=8, z_loss=1e-2, label_smoothing=0.1), *a)
 
-    out = [NamedSharding(mesh, P())] * 2 + [place[0], place[1], place[3]]
+    everywhere = NamedSharding(mesh, P())
+    out = (everywhere, everywhere, place[0], place[1], place[3])
     split = jax.jit(step, in_shardings=place, out_shardings=out)(*map(jax.device_put, args, place))
     assert_close(split, jax.jit(step)(*args), 1e-5)

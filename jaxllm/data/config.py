@@ -9,8 +9,14 @@ class Source:
     path: str  # a .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, or a glob
     weight: float = 1.0  # share of rows drawn from this source, relative to the others' weights
     text_key: str = "text"  # the field of a JSON line, or the column of a Parquet file, that holds the text
+    # .txt: a longer file is cut at blank lines into documents of about this many bytes; 0: one document a file;
+    # not set: 8192 where `path` is one file, 0 where it is a folder or a glob
+    document_bytes: int | None = None
+    separator: str = ""  # .txt: documents end at this string, e.g. "\n<|endoftext|>\n", which is not part of them
 
     def __post_init__(self):
+        if self.document_bytes and not 256 <= self.document_bytes <= 1 << 20:
+            raise ValueError(f"document_bytes={self.document_bytes} of source {self.path}: should be 0, or 256 to {1 << 20}")
         if self.weight < 0:
             raise ValueError(f"weight={self.weight} of source {self.path}: should not be negative")
 

@@ -78,4 +78,6 @@ class Trunk(nnx.Module):
 def unstack(tree, n: int) -> list:
     """Returns the n slices of a tree of stacked arrays; the transpose is one concatenation, not n padded sums."""
     leaves, structure = jax.tree.flatten(tree)
-    return [jax.tree.unflatten(structure, leaf) for leaf in zip(*map(jnp.unstack, leaves), strict=True)] if leaves else [tree] * n
+    if not leaves:
+        return [tree] * n
+    return [jax.tree.unflatten(structure, slices) for slices in zip(*map(jnp.unstack, leaves), strict=True)]

@@ -28,7 +28,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # a second to import; a finished run needs none of it
 
         self.ocp, self.folder = ocp, pathlib.Path(folder).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(read_only=True)
+        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         if cfg is not None:
             options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, keep_period=cfg.keep_every, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -92,7 +92,8 @@ class Checkpoints:
                 continue
             check_shapes({"params": abstract_params}, meta["arrays"], f"{self.folder / str(candidate)}")
             try:
-                params = self.manager.restore(candidate, args=args.Composite(params=args.StandardRestore(abstract_params))).params
+                read = self.manager.restore(candidate, args=args.Composite(params=args.StandardRestore(abstract_params)))
+                params = read.params
                 wrong = check_sums({"params": params}, meta["arrays"])
             except Exception as e:
                 damaged(candidate, _first_line(e))
@@ -154,7 +155,7 @@ def describe(state: TrainState) -> dict:
     """Returns {leaf: [shape, type, checksum]} of a state, as JSON."""
     named = _named(state)
     sums = jax.device_get(_checksums(list(named.values())))
-    return {name: [list(leaf.shape), str(leaf.dtype), int(total)] for (name, leaf), total in zip(named.items(), sums, strict=True)}
+    return {name: [list(x.shape), str(x.dtype), int(total)] for (name, x), total in zip(named.items(), sums, strict=True)}
 
 
 @jax.jit
@@ -206,14 +207,15 @@ def load_model(folder, step: int | None = None, mesh=None):
     cfg = read_config(folder)
     mesh = mesh or run_mesh(cfg)
     program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, 1), mesh)
-    told = []
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore_params(program.abstract.params, step, damaged=lambda s, why: told.append(f"step {s}: {why}"))
+        found = checkpoints.restore_params(program.abstract.params, step, damaged=tell_damaged)
     if found is None:
-        raise UserError(f"{folder}: no checkpoint that can be read{''.join('; ' + t for t in told)}")
-    for line in told:
-        print(f"! damaged checkpoint passed over: {line}", file=sys.stderr)
+        raise UserError(f"{folder}: no checkpoint that can be read")
     return cfg, program.graph, *found
+
+
+def tell_damaged(step: int, why: str) -> None:
+    print(f"! checkpoint {step} is damaged and passed over: {why}", file=sys.stderr)
 
 
 def run_mesh(cfg):

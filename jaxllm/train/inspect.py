@@ -10,7 +10,7 @@ import numpy as np
 from jaxllm.errors import UserError
 from jaxllm.partition import leaf_name, spec
 from jaxllm.report.config import InspectVerb
-from jaxllm.train.checkpoint import Checkpoints, run_mesh
+from jaxllm.train.checkpoint import Checkpoints, run_mesh, tell_damaged
 from jaxllm.train.optim import is_variable, make_optimizer
 from jaxllm.train.pretrain import n_steps
 from jaxllm.train.run_folder import read_config
@@ -24,7 +24,7 @@ def main(cfg: InspectVerb) -> dict:
     mesh = run_mesh(run)
     program = build(run.model, run.train, make_optimizer(run.optim, n_steps(run)), mesh)
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(program.abstract, cfg.step, damaged=lambda s, why: print(f"! step {s} is damaged: {why}"))
+        found = checkpoints.restore(program.abstract, cfg.step, damaged=tell_damaged)
         steps = checkpoints.steps()
     if found is None:
         raise UserError(f"{folder}: no checkpoint that can be read; steps there: {steps or 'none'}")

@@ -72,7 +72,8 @@ class Clock:
         return mean
 
 
-def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every: int, state: TrainState, start: int) -> TrainState:
+def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every: int, state: TrainState,
+          start: int) -> TrainState:
     """Takes a run from step `start` to its end; returns the last state. Raises Stopped or RunError."""
     names, rows = leaf_names(run.program.abstract.params), batch_sharding(run.program.mesh)
     batches, clock, pending = run.batches(start), Clock(), None
@@ -144,7 +145,8 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
         line = {"step": step, "tokens": step * run.tokens_per_step, "time": round(time.time(), 3), **found}
         run.log.metrics(line)
         bits = f", {found['eval_bits_per_byte']:.4f} bits per byte" if "eval_bits_per_byte" in found else ""
-        run.log.say(f"  held-out at step {step}: loss {found['eval_loss']:.4f}, perplexity {found['eval_perplexity']:.2f}{bits}")
+        loss, perplexity = found["eval_loss"], found["eval_perplexity"]
+        run.log.say(f"  held-out at step {step}: loss {loss:.4f}, perplexity {perplexity:.2f}{bits}")
     if due["sample"]:
         for prompt, text in run.sample(state.params, step):
             run.log.sample(step, prompt, text)
@@ -163,5 +165,6 @@ def evaluate(program: Program, held_out, params) -> dict:
         n_bytes += held_out.bytes_of(batch["target_BT"], batch["weight_BT"])
     if not n_tokens:
         return {}
-    found = {"eval_loss": total / n_tokens, "eval_perplexity": math.exp(min(total / n_tokens, 700)), "eval_tokens": int(n_tokens)}
+    loss = total / n_tokens
+    found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": int(n_tokens)}
     return found | ({"eval_bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})

@@ -10,7 +10,7 @@ import time
 from jaxllm import config
 from jaxllm.errors import UserError
 from jaxllm.train.config import PretrainConfig
-from jaxllm.train.run_folder import claimed, open_run
+from jaxllm.train.run_folder import claimed, last_checkpoint, open_run
 
 
 def main(cfg: PretrainConfig) -> dict:
@@ -31,6 +31,9 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
     if cfg.data.tokenizer != "bytes":
         shutil.copyfile(cfg.data.tokenizer, folder / "tokenizer.model")  # the run folder is whole without the original
     steps = n_steps(cfg)
+    if (done := last_checkpoint(folder)) >= steps:
+        print(f"{folder}: finished: step {done} of {steps}; raise train.steps to go on", file=sys.stderr)
+        return {"run": str(folder), "step": done, "finished": True}
 
     from jaxllm.platform import start_jax
 
@@ -59,9 +62,6 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
                 log.incident(step, kind, message)
             if changes and start:
                 log.incident(start, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
-            if start >= steps:
-                print(f"{folder}: finished: step {start} of {steps}; raise train.steps to go on", file=sys.stderr)
-                return {"run": str(folder), "step": start, "finished": True}
             run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps)
             _say_what_runs(cfg, program, rows, run, start)
             began = time.perf_counter()
@@ -139,7 +139,8 @@ def _say_what_runs(cfg, program, rows, run, start):
     for line in (
         f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
-        f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, {run.steps * run.tokens_per_step / 1e6:.2f} M in all",
+        f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
+        f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
         rows.describe(),
         "compiling the step",
@@ -154,5 +155,6 @@ def _finish(folder: pathlib.Path, steps: int, seconds: float) -> dict:
     page = write_page([folder], folder / "report.html")
     train, held_out = last_line(folder, "loss"), last_line(folder, "eval_loss")
     print(f"finished: step {steps} in {seconds:.0f} s; curves and samples: {page}", file=sys.stderr)
+    told = ("tokens", "loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
     return {"run": str(folder), "step": steps, "finished": True, "report": str(page)} | {
-        k: v for k, v in {**train, **held_out}.items() if k in ("tokens", "loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte")}
+        k: v for k, v in {**train, **held_out}.items() if k in told}

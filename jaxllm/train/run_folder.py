@@ -68,6 +68,11 @@ def open_run(cfg: PretrainConfig, resolved: dict) -> list[str]:
     return changes
 
 
+def last_checkpoint(folder: pathlib.Path) -> int:
+    """Returns the step of the newest complete checkpoint, 0 without one. An unfinished one has no plain number for a name."""
+    return max((int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+
+
 def read_yaml(folder: pathlib.Path) -> dict:
     try:
         return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
@@ -103,7 +108,8 @@ def commit() -> str | None:
         return None
 
     def git(*words):
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")

@@ -1,0 +1,130 @@
+"""Batches out of tokenised text. The whole position is one number, the global step.
+
+Row i of the endless list of rows is a function of i and the seed alone; step s holds rows s*B to s*B + B - 1, and process
+p of P the p-th stretch of B/P of them. So the order is the same for any number of processes, devices and threads, and going
+on from a step is starting there.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from jaxllm.data.config import DataConfig
+from jaxllm.data.packing import gather_rows, n_rows, padding_rows
+from jaxllm.data.tokenize import Store, Stores, prepare
+from jaxllm.errors import UserError
+
+__all__ = ["TrainingInput", "ValidationInput", "prepare"]
+
+
+class TrainingInput:
+    """The training batches of a mixture: each source's rows shuffled anew every epoch, mixed by weight, without end."""
+
+    def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1):
+        if batch_size % process_count:
+            raise UserError(f"train.batch_size={batch_size} is not divisible by the {process_count} processes")
+        self.stores, self.seq_len, self.batch_size = stores, cfg.seq_len, batch_size
+        rows = Rows([one.train for one in stores.sources], cfg.seq_len, stores.pad_id)
+        of_sources = [
+            grain.MapDataset.range(int(first), int(last)).shuffle(seed=_seed_of(one.name, seed)).repeat()
+            for one, first, last in zip(stores.sources, rows.first, rows.last, strict=True)
+        ]
+        # grain rounds weights down to hundredths of the least one; given in those, they are rounded to nearest.
+        least = min(one.weight for one in stores.sources)
+        self.weights = [round(one.weight / least * 100) for one in stores.sources]
+        mixed = grain.MapDataset.mix(of_sources, weights=self.weights)
+        shares = mixed.batch(batch_size // process_count, batch_fn=np.array)[process_index::process_count]
+        self.dataset = shares.map(rows.gather)
+
+    def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Yields this process's share of the batch of each step from `start_step` (the number of steps done) on."""
+        # Two threads and four batches ahead: a batch takes microseconds a row, and memory is better used elsewhere.
+        read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        iterator = iter(self.dataset[start_step:].to_iter_dataset(read))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return sum(len(one.train.tokens) for one in self.stores.sources)
+
+    def describe(self, steps: int = 1000) -> str:
+        """Returns a line a source: documents, tokens, share of rows, and how often it is read in so many steps."""
+        lines = []
+        for one, weight in zip(self.stores.sources, self.weights, strict=True):
+            share = weight / sum(self.weights)
+            epochs = steps * self.batch_size * share / n_rows(len(one.train.tokens), self.seq_len)
+            lines.append(f"data: {one.name}: {len(one.train.ends):,} documents, {len(one.train.tokens):,} tokens, "
+                         f"{share:.1%} of rows, {epochs:.3g} epochs in {steps:,} steps; "
+                         f"{len(one.validation.ends):,} documents, {len(one.validation.tokens):,} tokens held out")
+        return "\n".join(lines)
+
+
+class ValidationInput:
+    """The held-out rows, the same ones in the same order each time; the last batch is filled up with rows of weight 0.
+
+    Of `rows` rows each source has its weight's share, spread evenly over it, or all it has; rows=0 takes every row.
+    """
+
+    def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, rows: int, process_index: int = 0, process_count: int = 1):
+        self.stores, self.rows = stores, Rows([one.validation for one in stores.sources], cfg.seq_len, stores.pad_id)
+        self.batch_size, self.share = batch_size, batch_size // process_count
+        self.begin = process_index * self.share
+        held_out = [(one.weight, int(first), int(last))
+                    for one, first, last in zip(stores.sources, self.rows.first, self.rows.last, strict=True) if last > first]
+        total = sum(weight for weight, *_ in held_out)
+        chosen = [np.empty(0, np.int64)]
+        for weight, first, last in held_out:
+            n = min(last - first, max(1, round(rows * weight / total))) if rows else last - first
+            chosen.append(first + np.arange(n) * (last - first) // n)
+        self.chosen = np.concatenate(chosen)
+
+    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields this process's share of each batch."""
+        for at in range(0, len(self.chosen), self.batch_size):
+            mine = self.chosen[at : at + self.batch_size][self.begin : self.begin + self.share]
+            yield _padded(self.rows.gather(mine), self.rows.padding(self.share - len(mine)))
+
+    def bytes_of(self, target_BT: np.ndarray, weight_BT: np.ndarray) -> int:
+        """Returns the UTF-8 bytes of the predicted tokens: what nats are divided by for bits per byte."""
+        return int(self.stores.token_bytes_V[target_BT][weight_BT > 0].sum())
+
+
+class Rows:
+    """The rows of several stores, numbered through."""
+
+    def __init__(self, stores: list[Store], seq_len: int, pad_id: int):
+        self.stores, self.seq_len, self.pad_id = stores, seq_len, pad_id
+        self.last = np.cumsum([n_rows(len(store.tokens), seq_len) for store in stores])
+        self.first = np.concatenate([[0], self.last[:-1]])
+
+    def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the batch of these rows."""
+        of_B = np.searchsorted(self.last, rows, "right")
+        if len(rows) and (of_B == of_B[0]).all():
+            return self._of_store(of_B[0], rows)
+        batch = self.padding(len(rows))
+        for i in np.unique(of_B):
+            for name, x in self._of_store(i, rows[of_B == i]).items():
+                batch[name][of_B == i] = x
+        return batch
+
+    def padding(self, n: int) -> dict[str, np.ndarray]:
+        return padding_rows(n, self.seq_len, self.pad_id)
+
+    def _of_store(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        store = self.stores[i]
+        return gather_rows(store.tokens, store.ends, rows - self.first[i], self.seq_len, self.pad_id)
+
+
+def _padded(batch: dict, padding: dict) -> dict:
+    return {name: np.concatenate([x, padding[name]]) for name, x in batch.items()}
+
+
+def _seed_of(name: str, seed: int) -> int:
+    """Returns a seed of 32 bits for one source. grain adds the epoch to it, so sources must not have neighbouring ones."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big")
