@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import pickle
@@ -18,8 +19,9 @@ from jaxllm.data.tokenizer import SPECIALS, ByteTokenizer, SentencePieceTokenize
 from jaxllm.data.tokenizer_training import Reservoir, draw, table, train
 from jaxllm.errors import RunError, UserError
 
-NASTY = ["", " ", "  a  b ", "\ta\t", "\n\n", "a\r\nb\r", "\0", "\u2581", "a\u2581 \u2581b", " \u2581", "e\u0301\u0323", "👩‍👩‍👧", "\ue000", "\ufeff",
-         "\ufffd", "\u2585", "\u2047", "日本語", "<bos>", "<|user|> hi<eos>", "<0x0A>", "x" * 9000, "12345", "\U0010ffff", "a" + " " * 50 + "b"]
+NASTY = ["", " ", "  a  b ", "\ta\t", "\n\n", "a\r\nb\r", "\0", "\u2581", "a\u2581 \u2581b", " \u2581", "e\u0301\u0323",
+         "👩‍👩‍👧", "\ue000", "\ufeff", "\ufffd", "\u2585", "\u2047", "日本語", "<bos>", "<|user|> hi<eos>", "<0x0A>",
+         "x" * 9000, "12345", "\U0010ffff", "a" + " " * 50 + "b"]
 NAMES = ("bytes", "bpe", "unigram")
 
 
@@ -41,8 +43,9 @@ def source(text, tmp_path_factory):
 @pytest.fixture(scope="session")
 def reports(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: train({"topics": source}, TokenizerConfig(kind=kind, vocab_size=600, output=str(folder / f"{kind}.model"),
-                                                            held_out=0.1), seed=0, overwrite=False) for kind in ("bpe", "unigram")}
+    cfg = {kind: TokenizerConfig(kind=kind, vocab_size=600, output=str(folder / f"{kind}.model"), held_out=0.1)
+           for kind in ("bpe", "unigram")}
+    return {kind: train({"topics": source}, cfg[kind], seed=0, overwrite=False) for kind in cfg}
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +56,14 @@ def tokenizers(reports):
 def random_texts(n: int):
     pick = random.Random(0)
     common = [*NASTY[1:], " the", "\n", "of"]
+
+    def some():
+        if pick.random() < 0.7:
+            return pick.choice(common)[:5]
+        return chr(pick.choice([pick.randrange(0x300), pick.randrange(0xD800), pick.randrange(0xE000, 0x110000)]))
+
     for _ in range(n):
-        yield "".join(pick.choice(common)[:5] if pick.random() < 0.7 else chr(pick.choice(
-            [pick.randrange(0x300), pick.randrange(0xD800), pick.randrange(0xE000, 0x110000)])) for _ in range(pick.randrange(12)))
+        yield "".join(some() for _ in range(pick.randrange(12)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +83,11 @@ def test_words_apart_are_encoded_like_the_whole_text(tokenizers, name, text):
     tokenizer = tokenizers[name]
     assert tokenizer.by_words
     for one in [text[:3000], text[100_000:103_000], *(t for t in random_texts(500) if "\u2581" not in t)]:
-        assert tokenizer.encode(one) == tokenizer.sp.encode(one)
+        apart, whole = tokenizer.encode(one), tokenizer.sp.encode(one)
+        if name == "bpe":
+            assert apart == whole
+        else:  # SentencePiece adds the scores of a whole text up in float32, and so chooses among near equals by chance
+            assert sum(map(tokenizer.sp.get_score, apart)) == pytest.approx(sum(map(tokenizer.sp.get_score, whole)), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +96,7 @@ def test_what_is_decoded_early_stays_true(tokenizers, name):
     for one in ["añ日本👩‍👩‍👧 z", *random_texts(100)]:
         ids = tokenizer.encode(one)
         early = [tokenizer.decode(ids[:n], final=False) for n in range(len(ids) + 1)]
-        assert all(longer.startswith(shorter) for shorter, longer in zip(early, early[1:], strict=False))
+        assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(early))
         assert early[-1] == one
     half = ByteTokenizer().encode("日")[:2]
     assert ByteTokenizer().decode(half, final=False) == ""
@@ -172,7 +184,8 @@ def test_vocabulary_that_the_text_cannot_give(source, tmp_path):
         train({"topics": source}, cfg, seed=0, overwrite=False)
     assert list(tmp_path.iterdir()) == []
     largest = int(str(e.value).split()[-1])
-    assert train({"topics": source}, dataclasses.replace(cfg, vocab_size=largest), seed=0, overwrite=False)["vocab_size"] == largest
+    fits = dataclasses.replace(cfg, vocab_size=largest)
+    assert train({"topics": source}, fits, seed=0, overwrite=False)["vocab_size"] == largest
     with pytest.raises(UserError, match=r"vocab_size=280: too small; .* need \d+"):
         train({"topics": source}, dataclasses.replace(cfg, vocab_size=280), seed=0, overwrite=True)
 
@@ -187,9 +200,9 @@ def test_messages(source, tmp_path):
         train({}, cfg, seed=0, overwrite=True)
     with pytest.raises(UserError, match=r"no text to train on: e: .*empty.txt"):
         train({"e": Source(path=str(tmp_path / "empty.txt"))}, cfg, seed=0, overwrite=True)
-    with pytest.raises(UserError, match=r"there.model/t.model.*cannot be written"):
+    with pytest.raises(UserError, match=r"there.model: cannot be written: File exists"):
         train({"topics": source}, TokenizerConfig(output=str(tmp_path / "there.model" / "t.model")), seed=0, overwrite=True)
-    with pytest.raises(UserError, match="there.model: not a SentencePiece model"):
+    with pytest.raises(UserError, match=r"there.model: not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "there.model"))
     with pytest.raises(UserError, match=r"their.model: no such file; did you mean .*there.model"):
         load_tokenizer(str(tmp_path / "their.model"))

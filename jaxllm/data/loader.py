@@ -22,7 +22,8 @@ __all__ = ["TrainingInput", "ValidationInput", "prepare"]
 class TrainingInput:
     """The training batches of a mixture: each source's rows shuffled anew every epoch, mixed by weight, without end."""
 
-    def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1):
+    def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, seed: int,
+                 process_index: int = 0, process_count: int = 1):
         if batch_size % process_count:
             raise UserError(f"train.batch_size={batch_size} is not divisible by the {process_count} processes")
         self.stores, self.seq_len, self.batch_size = stores, cfg.seq_len, batch_size
@@ -35,8 +36,9 @@ class TrainingInput:
         least = min(one.weight for one in stores.sources)
         self.weights = [round(one.weight / least * 100) for one in stores.sources]
         mixed = grain.MapDataset.mix(of_sources, weights=self.weights)
-        shares = mixed.batch(batch_size // process_count, batch_fn=np.array)[process_index::process_count]
-        self.dataset = shares.map(rows.gather)
+        # Without drop_remainder grain rounds the endless length up as a float, beyond the largest integer.
+        shares = mixed.batch(batch_size // process_count, drop_remainder=True, batch_fn=np.array)
+        self.dataset = shares[process_index::process_count].map(rows.gather)
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of the batch of each step from `start_step` (the number of steps done) on."""
@@ -70,7 +72,8 @@ class ValidationInput:
     Of `rows` rows each source has its weight's share, spread evenly over it, or all it has; rows=0 takes every row.
     """
 
-    def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, rows: int, process_index: int = 0, process_count: int = 1):
+    def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, rows: int,
+                 process_index: int = 0, process_count: int = 1):
         self.stores, self.rows = stores, Rows([one.validation for one in stores.sources], cfg.seq_len, stores.pad_id)
         self.batch_size, self.share = batch_size, batch_size // process_count
         self.begin = process_index * self.share

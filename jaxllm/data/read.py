@@ -49,7 +49,7 @@ def find_files(source: Source, key: str) -> list[pathlib.Path]:
         if not path.name.endswith(FORMATS):
             raise UserError(f"{key}={source.path}: unknown kind of file; should end in one of {', '.join(FORMATS)}")
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))
+    found = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
     found = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     files = [p for p in found if p.name.endswith(FORMATS)]
     if files:
@@ -60,7 +60,8 @@ def find_files(source: Source, key: str) -> list[pathlib.Path]:
         raise UserError(f"{key}={source.path}: the folder is empty")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
-    raise UserError(f"{key}={source.path}: no such file or folder" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    raise UserError(f"{key}={source.path}: no such file or folder{hint}")
 
 
 def document_bytes(source: Source) -> int:
@@ -185,7 +186,8 @@ def _grouped(path: pathlib.Path, pieces, position) -> Iterator[Block]:
             yield Block(str(path), held, number - len(held), position())
             held, n_bytes = [], 0
         if inside or not ends:
-            yield Block(str(path), [piece], number, position(), "middle" if inside and not ends else "last" if inside else "first")
+            part = "first" if not inside else "last" if ends else "middle"
+            yield Block(str(path), [piece], number, position(), part)
         else:
             held.append(piece)
             n_bytes += len(piece or b"")
@@ -222,7 +224,8 @@ def _json_lines(path: pathlib.Path) -> Iterator[Block]:
                 del held[:end]
             searched = len(held)
             if searched > MAX_LINE:
-                raise UserError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MB; should be one JSON object a line "
+                at = number + held.count(b"\n")
+                raise UserError(f"{path}:{at}: a line of more than {MAX_LINE >> 20} MB; should be one JSON object a line "
                                 "(text that long: a .txt file is read in parts)")
             chunk = stream.read(BLOCK)
             if not chunk:

@@ -85,8 +85,8 @@ class StoreWriter:
         self.under_way: Counts | None = None  # of the same document
         with told(folder):
             folder.mkdir(parents=True)
-            self.files = {f"{split}.{name}": open(folder / f"{split}.{name}", "wb") for split in SPLITS
-                          for name in ("tokens", "ends", "bytes")}
+            self.files = {f"{split}.{name}": (folder / f"{split}.{name}").open("wb")
+                          for split in SPLITS for name in ("tokens", "ends", "bytes")}
 
     def __enter__(self):
         return self
@@ -135,7 +135,8 @@ class StoreWriter:
                 file.flush()
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
-        meta = {"version": VERSION, "dtype": self.dtype.name, "counts": dataclasses.asdict(self.counts), "sizes": sizes, **made_of}
+        counts = dataclasses.asdict(self.counts)
+        meta = {"version": VERSION, "dtype": self.dtype.name, "counts": counts, "sizes": sizes, **made_of}
         with told(self.folder / "meta.json"), open(self.folder / "meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             file.flush()
@@ -167,7 +168,7 @@ def locked(path: pathlib.Path, waiting=lambda: None):
         yield
         return
     with told(path):
-        file = open(path, "a+b")
+        file = path.open("a+b")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,7 +199,7 @@ def remove_leftovers(tokens: pathlib.Path) -> None:
 def publish(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     """Gives a finished folder its name, unless another process was first."""
     try:
-        os.rename(temporary, folder)
+        temporary.rename(folder)
     except OSError:
         if not (folder / "meta.json").is_file():
             raise
@@ -221,5 +222,5 @@ def file_hash(path: pathlib.Path, cache: pathlib.Path) -> str:
             note.parent.mkdir(parents=True, exist_ok=True)
             fresh = note.with_suffix(f".{os.getpid()}.tmp")
             fresh.write_text(json.dumps([seen, found]), encoding="utf-8")
-            os.replace(fresh, note)
+            fresh.replace(note)
     return found

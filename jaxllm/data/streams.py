@@ -18,7 +18,7 @@ class Stream:
     def __init__(self, path: pathlib.Path):
         self.path = path
         try:
-            self.raw = open(path, "rb")
+            self.raw = path.open("rb")
         except OSError as e:
             raise UserError(f"{path}: cannot be read: {e.strerror}") from None
         opened = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".zst": ZstdFile}

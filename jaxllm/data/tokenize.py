@@ -200,8 +200,10 @@ class Worker:
                 continue
             raw = text.encode()
             tokens = self._tokens(text, opens, closes)
-            for held, new in zip(splits[SPLITS[is_held_out(raw, self.validation)]], (tokens, len(tokens), len(raw)), strict=True):
-                held.append(new)
+            arrays, lengths, sizes = splits[SPLITS[is_held_out(raw, self.validation)]]
+            arrays.append(tokens)
+            lengths.append(len(tokens))
+            sizes.append(len(raw))
             counts.add(Counts(documents=int(closes), tokens=len(tokens), bytes=len(raw)))
         joined = {s: (np.concatenate(tokens), *rest) for s, (tokens, *rest) in splits.items() if tokens}
         return Result(block.part, joined, counts, block.position)

@@ -74,7 +74,8 @@ def draw(sources: dict[str, Source], cfg: TokenizerConfig, seed: int) -> tuple[l
         seen += [Drawn(name, text) for text in keep.texts()]
         held_out += [Drawn(name, text) for text in aside.texts()]
     if not seen:
-        raise UserError("sources: no text to train on: " + ", ".join(f"{name}: {source.path}" for name, source in sources.items()))
+        where = ", ".join(f"{name}: {source.path}" for name, source in sources.items())
+        raise UserError(f"sources: no text to train on: {where}")
     return seen, held_out
 
 
@@ -159,7 +160,7 @@ def _child(folder: str, cfg: TokenizerConfig) -> None:
         except (RuntimeError, OSError) as e:
             pathlib.Path(folder, "error").write_text(str(e))
             return
-    os.replace(f"{folder}/model.tmp", f"{folder}/model")
+    pathlib.Path(folder, "model.tmp").replace(f"{folder}/model")
 
 
 def _special_ids() -> dict:
@@ -187,8 +188,8 @@ def _explained(error: str, exitcode: int | None, cfg: TokenizerConfig) -> Except
     if high := re.search(r"too high .*?<= (\d+)", error):
         return UserError(f"tokenizer.vocab_size={cfg.vocab_size}: too large for this text; the largest possible is {high[1]}")
     if low := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return UserError(f"tokenizer.vocab_size={cfg.vocab_size}: too small; special tokens, bytes and the text's characters need "
-                         f"{low[1]}, unless tokenizer.character_coverage={cfg.character_coverage} is lowered")
+        return UserError(f"tokenizer.vocab_size={cfg.vocab_size}: too small; special tokens, bytes and the text's characters "
+                         f"need {low[1]}, unless tokenizer.character_coverage={cfg.character_coverage} is lowered")
     if not error and exitcode and exitcode < 0:
         return RunError(f"SentencePiece was killed by signal {-exitcode} (out of memory?); "
                         f"lower tokenizer.sample_bytes={cfg.sample_bytes}")
@@ -218,7 +219,8 @@ def measure(tokenizer: SentencePieceTokenizer, seen: list[Drawn], held_out: list
         "documents": len(on), "bytes": sum(n_bytes.values()), "tokens": tokens,
         "bytes_per_token": round(sum(n_bytes.values()) / tokens, 4),
         "bytes_per_token_by_source": {name: round(n_bytes[name] / n_tokens[name], 4) for name in n_tokens},
-        "unknown_rate": float(used_V[sp.unk_id()] / tokens), "byte_fallback_rate": round(float(used_V[is_byte_V].sum() / tokens), 6),
+        "unknown_rate": float(used_V[sp.unk_id()] / tokens),
+        "byte_fallback_rate": round(float(used_V[is_byte_V].sum() / tokens), 6),
         "round_trip_errors": errors,
     }
     n_read = 0
@@ -252,7 +254,7 @@ def _write_whole(path: pathlib.Path, content: bytes) -> None:
     try:
         with told(path):
             fresh.write_bytes(content)
-            os.replace(fresh, path)
+            fresh.replace(path)
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)

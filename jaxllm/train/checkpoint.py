@@ -6,6 +6,7 @@ and `meta`: the data position, and of every array its shape, type and a checksum
 
 import contextlib
 import errno
+import logging
 import pathlib
 import sys
 import time
@@ -27,6 +28,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, cfg: CheckpointConfig | None = None):
         import orbax.checkpoint as ocp  # a second to import; a finished run needs none of it
 
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of every reader that it only reads
         self.ocp, self.folder = ocp, pathlib.Path(folder).resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         if cfg is not None:

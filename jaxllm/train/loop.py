@@ -86,16 +86,17 @@ def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every
             pending = step, metrics
             if step < run.steps:
                 batch = _put(next(batches), rows)  # while the step runs
-            last = step == run.steps or stop.name is not None
+            stopping = stop.name  # read once: a signal that comes while this step is saved is the next step's
+            last = step == run.steps or stopping is not None
             due = {"eval": _due(step, train_cfg.eval_every, last), "sample": _due(step, train_cfg.sample_every, last),
                    "save": last or step % checkpoint_every == 0}
             if any(due.values()):
                 _read(run, pending, names, log_cfg.every, clock)
                 pending = None
                 _aside(run, due, step, state, clock)
-            if stop.name is not None and step < run.steps:
+            if stopping is not None and step < run.steps:
                 run.checkpoints.wait()
-                run.log.incident(step, "stopped", f"stopped by {stop.name} after step {step}; run the same command to go on")
+                run.log.incident(step, "stopped", f"stopped by {stopping} after step {step}; run the same command to go on")
                 raise Stopped(f"stopped after step {step}, saved; run the same command to go on")
     run.checkpoints.wait()
     return state

@@ -108,14 +108,17 @@ def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps):
     from jaxllm.hardware import chip
     from jaxllm.train.flops import training_flops_per_token
     from jaxllm.train.loop import Run, evaluate
+    from jaxllm.train.state import compute_dtype
 
-    known = chip(program.mesh.devices.flat[0].device_kind)
+    device = program.mesh.devices.flat[0]
+    known = chip(device.device_kind)
+    peak = known.peak_flops(compute_dtype(cfg.train.precision, device.platform).name) if known else None
     return Run(
         program=program, batches=rows.batches, evaluate=lambda params: evaluate(program, held_out, params),
         sample=lambda params, step: sample(cfg, program, tokenizer, params), checkpoints=checkpoints, log=log, steps=steps,
         tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,
         flops_per_token=training_flops_per_token(cfg.model, cfg.data.seq_len),
-        peak_flops=known.bf16_flops * program.mesh.size if known else None,
+        peak_flops=peak * program.mesh.size if peak else None,
     )
 
 
