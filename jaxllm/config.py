@@ -94,6 +94,10 @@ def _read_override(override: str) -> DictConfig:
 
 
 def _merge(cls, base: DictConfig, extra: DictConfig, where: str) -> DictConfig:
+    groups = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type) or typing.get_origin(f.type) is dict}
+    for key in groups & extra.keys():
+        if not isinstance(extra[key], DictConfig):
+            raise UserError(f"{where}: {key}={extra[key]!r}: is a group: should be {key}.KEY=value, or `{key}:` with keys below it")
     try:
         return OmegaConf.merge(base, extra)
     except ConfigKeyError as e:
@@ -110,12 +114,15 @@ def _merge(cls, base: DictConfig, extra: DictConfig, where: str) -> DictConfig:
 def _nearest(cls, key: str) -> str:
     """Returns "; did you mean 'optim.lr'?" for the valid name that is most like `key`, or ""."""
     names = list(_fields(cls))
-    last = key.rsplit(".", 1)[-1]
+    group, last = key.split(".")[0], key.rsplit(".", 1)[-1]
+    groups = {n.split(".")[0] for n in names}
+    if group not in groups and (near := difflib.get_close_matches(group, groups, 1)):
+        return f"; did you mean {'.'.join([near[0], *key.split('.')[1:]])!r}?"
     near = difflib.get_close_matches(key, names, 1, cutoff=0.75)
     near = near or [n for n in names if n.rsplit(".", 1)[-1] == last][:1]
     near = near or [n for n in names if difflib.SequenceMatcher(None, n.rsplit(".", 1)[-1], last).ratio() > 0.7][:1]
     near = near or difflib.get_close_matches(key, names, 1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted({n.split('.')[0] for n in names}))}"
+    return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted(groups))}"
 
 
 # ---------------------------------------------------------------- help

@@ -20,8 +20,8 @@ def never_killed(tmp_path_factory):
     return folder / "run", config
 
 
-def go_on(config, folder, **how):
-    return runs.finish(runs.start("pretrain", config, f"--run.dir={folder}", **how))
+def go_on(config, folder, steps=24, **how):
+    return runs.finish(runs.start("pretrain", config, f"--run.dir={folder}", f"--train.steps={steps}", **how))
 
 
 def same_run(a: pathlib.Path, b: pathlib.Path):
@@ -51,22 +51,23 @@ def test_killed_at_ten_random_moments_is_never_killed(never_killed, tmp_path):
 
 
 def test_stopped_on_request_saves_and_goes_on(never_killed, tmp_path):
-    folder, config = never_killed
-    stopped = tmp_path / "run"
-    process = runs.start("pretrain", config, f"--run.dir={stopped}", "--checkpoint.every=1000")
+    _, config = never_killed
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    process = runs.start("pretrain", config, f"--run.dir={stopped}", "--checkpoint.every=1000000", "--train.steps=1000000")
     runs.wait_for(lambda: (stopped / "metrics.jsonl").exists() and len(runs.lines(stopped / "metrics.jsonl")) > 2)
     os.kill(process.pid, signal.SIGTERM)
     code, text = runs.finish(process)
     assert code == 75, text
     assert "run the same command to go on" in text
     step = max(line["step"] for line in runs.lines(stopped / "metrics.jsonl"))
-    assert 2 < step < 24
     assert (stopped / "checkpoints" / str(step)).is_dir()
-    code, text = go_on(config, stopped)
-    assert code == 0, text
-    ours, theirs = runs.lines(stopped / "metrics.jsonl", "step", "loss"), runs.lines(folder / "metrics.jsonl", "step", "loss")
-    assert [x for x in ours if "loss" in x] == [x for x in theirs if "loss" in x]
-    assert runs.digest(stopped) == runs.digest(folder)
+    assert runs.lines(stopped / "incidents.jsonl")[-1]["kind"] == "stopped"
+    for folder in (stopped, straight):
+        code, text = go_on(config, folder, steps=step + 3)
+        assert code == 0, text
+    ours, theirs = ([x for x in runs.lines(f / "metrics.jsonl", "step", "loss") if "loss" in x] for f in (stopped, straight))
+    assert ours == theirs
+    assert runs.digest(stopped) == runs.digest(straight)
 
 
 def test_a_finished_run_says_so_and_does_nothing(never_killed):

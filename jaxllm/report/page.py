@@ -132,17 +132,18 @@ def facts(s: dict) -> str:
 
 
 def comparison(runs: list[Run], sums: list[dict]) -> str:
-    """Returns the numbers of several runs, one row a run, the best of each column in bold."""
-    rows = [row for row in ROWS if any(row[0] in s for s in sums)]
-    head = "".join(f'<th class="n">{label}</th>' for _, label, *_ in rows)
-    body = ""
-    for i, (run, s) in enumerate(zip(runs, sums, strict=True)):
-        cells = f"<td>{dot(i)}{esc(run.name)}</td><td>{'<br>'.join([state(s), *trouble(run, s)])}</td>"
-        for key, _, write, better in rows:
-            best = better is not None and key in s and s[key] == better(o[key] for o in sums if key in o)
-            cells += f'<td class="n">{f"<b>{write(s[key])}</b>" if best else write(s[key]) if key in s else ""}</td>'
-        body += f"<tr>{cells}</tr>"
-    return f'<div class="card pad scroll" style="margin-top:18px"><table><tr><th>run</th><th>state</th>{head}</tr>{body}</table></div>'
+    """Returns the numbers of several runs, one column a run, the best of each row in bold."""
+    head = "".join(f'<th class="n">{dot(i)}{esc(run.name)}</th>' for i, run in enumerate(runs))
+    states = "".join(f'<td class="n">{"<br>".join([state(s), *trouble(run, s)])}</td>' for run, s in zip(runs, sums, strict=True))
+    body = f"<tr><td></td>{states}</tr>"
+    for key, label, write, better in ROWS:
+        known = [s[key] for s in sums if key in s]
+        if not known or (key == "best_eval_loss" and all(s.get(key) == s.get("eval_loss") for s in sums)):
+            continue
+        best = better(known) if better and len(set(known)) > 1 else None
+        cells = [f"<b>{write(s[key])}</b>" if key in s and s[key] == best else write(s[key]) if key in s else "" for s in sums]
+        body += f"<tr><td>{label}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
+    return f'<div class="card pad scroll" style="margin-top:18px"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
 def dot(i: int) -> str:
@@ -200,7 +201,7 @@ def incidents(runs: list[Run], numbered) -> str:
     for n, i, x in numbered:
         when = moment(x["time"]) if isinstance(x.get("time"), (int, float)) else ""
         kind = esc(str(x.get("kind", "")).replace("_", " "))
-        which = f"<td>{dot(i)}{esc(runs[i].name)}</td>" if len(runs) > 1 else ""
+        which = f'<td style="white-space:nowrap">{dot(i)}{esc(runs[i].name)}</td>' if len(runs) > 1 else ""
         rows += (f'<tr><td class="n quiet">{n}</td>{which}<td class="n">{esc(x.get("step", ""))}</td>'
                  f'<td>{kind if x.get("kind") in INFORM else f"""<b class="alarm">{kind}</b>"""}</td>'
                  f'<td>{esc(x.get("message", ""))}</td><td class="quiet small" style="white-space:nowrap">{when}</td></tr>')

@@ -88,8 +88,8 @@ def draw(panel: Panel, runs: list[Run], marks: list[Mark], span: Span) -> str | 
         return None
     # The salt makes the ids of a plot's clipping paths its own, and the same each time.
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
-        axes = figure.add_axes((0.105, 0.135, 0.875, 0.795))
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, facecolor="none")
+        axes = figure.add_axes((0.105, 0.145, 0.875, 0.785), facecolor="none")
         log = panel.log or (spread(curves) > 30 and not panel.zero)
         for i, j, series in curves:
             draw_curve(axes, series, i, j, panel, log, span)
@@ -174,13 +174,14 @@ def dress(axes, panel: Panel, curves, log: bool, span: Span) -> None:
         axis.set_minor_formatter(NullFormatter())
     room = 0.015 * (span.last - span.first) or 0.5
     axes.set_xlim(span.first - room, span.last + room)
-    axes.tick_params(length=0, pad=5, labelcolor=MUTED, labelsize=10.5)
+    axes.tick_params(length=0, pad=6, labelcolor=MUTED, labelsize=10.5)
+    axes.tick_params(axis="x", pad=7)
     axes.grid(True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(GRID)
-    axes.text(-0.012, 0, span.unit, transform=axes.transAxes + ScaledTranslation(0, -5 / 72, axes.figure.dpi_scale_trans),
+    axes.text(-0.012, 0, span.unit, transform=axes.transAxes + ScaledTranslation(0, -7 / 72, axes.figure.dpi_scale_trans),
               ha="right", va="top", color=MUTED, fontsize=10.5)
 
 

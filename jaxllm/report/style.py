@@ -55,6 +55,7 @@ footer { margin-top: 44px; font-size: 12.5px; color: var(--muted); }
   .plots { grid-template-columns: minmax(0, 1fr); }
   .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   figure { padding: 10px 6px 4px; }
+  svg text { font-size: 12.5px !important; }
   h1 { font-size: 21px; } }
 @media print { .card { break-inside: avoid; } main { max-width: none; } }
 """

@@ -47,7 +47,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"  # the update rule; muon: adamw outside of blocks
     lr: float = 3e-4  # peak learning rate
     b1: float = 0.9  # decay of the gradient's mean (adamw, lion), or momentum (sgd, muon)
     b2: float = 0.95  # decay of the squared gradient's mean (adamw), or of the momentum (lion)
@@ -55,6 +55,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # decoupled, times the learning rate; not on norms, biases and embeddings
     decay_embeddings: bool = False  # decay the embedding too
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    # how the rate goes after the warm-up; plateau: falls by `factor` when the loss has not fallen for `patience` steps
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential", "plateau"] = "cosine"
     warmup: int = 0  # steps over which the rate rises from 0 to the peak in a line
     final: float = 0.1  # linear, cosine, wsd: the rate at the end, as a share of the peak; plateau: the least share
