@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from jaxllm.data.config import DataConfig
-from jaxllm.data.packing import gather_rows, n_rows, padding_rows
+from jaxllm.data.packing import gather_rows, n_rows
 from jaxllm.data.tokenize import Store, Stores, prepare
 from jaxllm.errors import UserError
 
@@ -88,9 +88,10 @@ class ValidationInput:
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of each batch."""
-        for at in range(0, len(self.chosen), self.batch_size):
-            mine = self.chosen[at : at + self.batch_size][self.begin : self.begin + self.share]
-            yield _padded(self.rows.gather(mine), self.rows.padding(self.share - len(mine)))
+        whole = np.full(-(-len(self.chosen) // self.batch_size) * self.batch_size, -1)
+        whole[: len(self.chosen)] = self.chosen
+        for at in range(0, len(whole), self.batch_size):
+            yield self.rows.gather(whole[at + self.begin : at + self.begin + self.share])
 
     def bytes_of(self, target_BT: np.ndarray, weight_BT: np.ndarray) -> int:
         """Returns the UTF-8 bytes of the predicted tokens: what nats are divided by for bits per byte."""
@@ -98,34 +99,17 @@ class ValidationInput:
 
 
 class Rows:
-    """The rows of several stores, numbered through."""
+    """The rows of several stores, numbered through; -1 is a row of padding."""
 
     def __init__(self, stores: list[Store], seq_len: int, pad_id: int):
-        self.stores, self.seq_len, self.pad_id = stores, seq_len, pad_id
+        self.streams, self.seq_len, self.pad_id = [(store.tokens, store.ends) for store in stores], seq_len, pad_id
         self.last = np.cumsum([n_rows(len(store.tokens), seq_len) for store in stores])
         self.first = np.concatenate([[0], self.last[:-1]])
 
-    def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def gather(self, row_B: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the batch of these rows."""
-        of_B = np.searchsorted(self.last, rows, "right")
-        if len(rows) and (of_B == of_B[0]).all():
-            return self._of_store(of_B[0], rows)
-        batch = self.padding(len(rows))
-        for i in np.unique(of_B):
-            for name, x in self._of_store(i, rows[of_B == i]).items():
-                batch[name][of_B == i] = x
-        return batch
-
-    def padding(self, n: int) -> dict[str, np.ndarray]:
-        return padding_rows(n, self.seq_len, self.pad_id)
-
-    def _of_store(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        store = self.stores[i]
-        return gather_rows(store.tokens, store.ends, rows - self.first[i], self.seq_len, self.pad_id)
-
-
-def _padded(batch: dict, padding: dict) -> dict:
-    return {name: np.concatenate([x, padding[name]]) for name, x in batch.items()}
+        stream_B = np.where(row_B < 0, -1, np.searchsorted(self.last, row_B, "right"))
+        return gather_rows(self.streams, stream_B, row_B - self.first[stream_B], self.seq_len, self.pad_id)
 
 
 def _seed_of(name: str, seed: int) -> int:

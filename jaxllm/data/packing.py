@@ -12,23 +12,27 @@ def n_rows(n_tokens: int, seq_len: int) -> int:
     return max(0, -(-(n_tokens - 1) // seq_len))
 
 
-def gather_rows(tokens, ends, rows, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
-    """Returns the batch of the named rows of a stream.
+def gather_rows(streams, stream_B, row_B, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Returns the batch of rows `row_B` of the streams that `stream_B` numbers; -1: a row of padding.
 
-    `ends` holds the offset where each document ends. In a row documents are numbered 1, 2, … and positions restart in
-    each. The weight is 0 where the target belongs to another document than the token, and where there is no target;
-    what lies behind the end of the stream is padding, with document 0.
+    A stream is (its tokens, the offsets where its documents end). In a row documents are numbered 1, 2, … and positions
+    restart in each. The weight is 0 where the target belongs to another document than the token, and where there is no
+    target; what lies behind the end of a stream is padding, with document 0.
     """
-    rows = np.asarray(rows, np.int64)
-    token_BS = np.full((len(rows), seq_len + 1), pad_id, np.int32)
+    token_BS = np.full((len(row_B), seq_len + 1), pad_id, np.int32)
     starts_BS = np.zeros(token_BS.shape, bool)  # a document begins here
-    begin_B = rows * seq_len
-    stop_B = np.minimum(begin_B + seq_len + 1, len(tokens))
-    first_B, last_B = np.searchsorted(ends, begin_B, "right"), np.searchsorted(ends, stop_B, "left")
-    for i, (begin, stop, first, last) in enumerate(zip(begin_B, stop_B, first_B, last_B, strict=True)):
-        token_BS[i, : stop - begin] = tokens[begin:stop]
-        starts_BS[i, ends[first:last] - begin] = True
-    return _batch(token_BS, starts_BS, stop_B - begin_B)
+    n_real_B = np.zeros(len(row_B), np.int64)
+    for i in np.unique(stream_B[stream_B >= 0]):
+        tokens, ends = streams[i]
+        of_stream = np.flatnonzero(stream_B == i)
+        begins = row_B[of_stream] * seq_len
+        stops = np.minimum(begins + seq_len + 1, len(tokens))
+        firsts, lasts = np.searchsorted(ends, begins, "right"), np.searchsorted(ends, stops, "left")
+        for b, begin, stop, first, last in zip(of_stream, begins, stops, firsts, lasts, strict=True):
+            token_BS[b, : stop - begin] = tokens[begin:stop]
+            starts_BS[b, ends[first:last] - begin] = True
+        n_real_B[of_stream] = stops - begins
+    return _batch(token_BS, starts_BS, n_real_B)
 
 
 def _batch(token_BS, starts_BS, n_real_B) -> dict[str, np.ndarray]:
@@ -51,9 +55,5 @@ def pack(documents: list[list[int]], seq_len: int, pad_id: int = 0) -> dict[str,
     """Returns one batch of all rows that documents make, one after the other as they stand, without <bos> and <eos>."""
     tokens = np.concatenate([np.asarray(d, np.int32) for d in documents])
     ends = np.cumsum([len(d) for d in documents])
-    return gather_rows(tokens, ends, np.arange(max(1, n_rows(len(tokens), seq_len))), seq_len, pad_id)
-
-
-def padding_rows(n: int, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
-    """Returns n rows in which nothing counts."""
-    return gather_rows(np.empty(0, np.int32), np.empty(0, np.int64), np.zeros(n), seq_len, pad_id)
+    row_B = np.arange(max(1, n_rows(len(tokens), seq_len)))
+    return gather_rows([(tokens, ends)], np.zeros_like(row_B), row_B, seq_len, pad_id)

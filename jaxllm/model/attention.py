@@ -4,8 +4,6 @@ B batch, T position, S attended position, N query heads, K kv heads, H head widt
 its own document, the latest `window` of them if a window is given. Softmax is float32 in every body.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -55,7 +53,6 @@ def _segments(doc_T):
     return splash_attention_kernel.SegmentIds(q=doc_T, kv=doc_T)
 
 
-@functools.lru_cache(maxsize=8)
 def _splash_kernel(n_heads: int, T: int, window: int | None):
     # Imported here: Pallas takes a second to import, and only TPU programs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -68,7 +65,8 @@ def _splash_kernel(n_heads: int, T: int, window: int | None):
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():
-        return splash_attention_kernel.make_splash_mha(
-            mask=splash_attention_mask.MultiHeadMask([one] * n_heads), head_shards=1, q_seq_shards=1, block_sizes=sizes
-        )
+    # Made while tracing, never kept: its mask tables are then constants of the program. Made eagerly, they would be arrays
+    # on the mesh's devices, which do not exist when a program is compiled for a topology.
+    return splash_attention_kernel.make_splash_mha(
+        mask=splash_attention_mask.MultiHeadMask([one] * n_heads), head_shards=1, q_seq_shards=1, block_sizes=sizes
+    )

@@ -1,5 +1,6 @@
 """`jaxllm report RUN…`: one HTML file of curves, samples, incidents and settings, which loads nothing from anywhere."""
 
+import contextlib
 import html
 import pathlib
 import time
@@ -20,26 +21,30 @@ MAX_SAMPLED_STEPS, MAX_SAMPLE, MAX_INCIDENTS = 40, 4000, 200
 def main(cfg: ReportVerb) -> dict:
     """Writes the page of `cfg.runs`; returns where it is and the runs' summaries."""
     output = pathlib.Path(cfg.output) if cfg.output else pathlib.Path(cfg.runs[0]) / "report.html"
-    page = write_page(list(cfg.runs), output)
-    print(f"{page} ({page.stat().st_size / 1e6:.2f} MB)")
-    return {"page": str(page), "bytes": page.stat().st_size, "runs": [summary(run) for run in read_runs(cfg.runs)]}
+    runs = read_runs(cfg.runs)
+    write(render(runs), output)
+    size = output.stat().st_size
+    print(f"{output} ({size / 1e6:.2f} MB)")
+    return {"page": str(output), "bytes": size, "runs": [summary(run) for run in runs]}
 
 
 def write_page(runs, output) -> pathlib.Path:
-    """Writes one page about the run folders `runs`, whole or not at all; returns its path.
+    """Writes one page about the run folders `runs`; returns its path. Raises UserError for a folder that is no run."""
+    write(render(read_runs(runs)), pathlib.Path(output))
+    return pathlib.Path(output)
 
-    Raises UserError for a folder that is no run, and where the page cannot be written.
-    """
-    output, text = pathlib.Path(output), render(read_runs(runs))
+
+def write(text: str, output: pathlib.Path) -> None:
+    """Writes the page whole or not at all; raises UserError where it cannot be written."""
     part = output.with_name(output.name + ".part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode("utf-8", "replace"))
+        part.write_bytes(text.encode("utf-8", "replace"))  # a sample may hold half of a surrogate pair
         part.replace(output)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"{output}: the page cannot be written: {e.strerror}") from None
-    return output
 
 
 def render(runs: list[Run]) -> str:

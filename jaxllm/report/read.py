@@ -37,10 +37,13 @@ class Run:
     incidents: list[dict]
     config: dict
     unread: int  # lines and files that could not be read
+    kept: dict[str, Series] = dataclasses.field(default_factory=dict, repr=False)  # series made so far
 
     def series(self, key: str) -> Series:
-        found = [(x["step"], number(x.get("tokens")), number(x[key])) for x in self.lines if key in x]
-        return Series(*np.array(found, float).reshape(-1, 3).T)
+        if key not in self.kept:
+            found = [(x["step"], number(x.get("tokens")), number(x[key])) for x in self.lines if key in x]
+            self.kept[key] = Series(*np.array(found, float).reshape(-1, 3).T)
+        return self.kept[key]
 
     def setting(self, dotted: str):
         """Returns a setting such as "train.steps"; None when the config does not have it."""
@@ -101,16 +104,15 @@ def shown(before: str, folders: list[pathlib.Path]) -> str:
 
 
 def names(folders: list[pathlib.Path]) -> list[str]:
-    """Returns the shortest ends of the paths that tell them apart."""
+    """Returns the shortest ends of the paths that tell them apart; raises UserError when two are one folder."""
     parts = [f.resolve().parts for f in folders]
-    for n in range(1, max(map(len, parts), default=0) + 1):
-        ends = ["/".join(p[-n:]) for p in parts]
-        if len(set(ends)) == len(set(parts)):
-            break
-    twice = [e for e in ends if ends.count(e) > 1]
-    if twice:
-        raise UserError(f"{twice[0]}: given more than once")
-    return ends
+    for folder, p in zip(folders, parts, strict=True):
+        if parts.count(p) > 1:
+            raise UserError(f"{folder}: given more than once")
+    n = 1
+    while len({p[-n:] for p in parts}) < len(parts):
+        n += 1
+    return ["/".join(p[-n:]) for p in parts]
 
 
 def read_lines(path: pathlib.Path) -> tuple[list[dict], int]:
