@@ -1,5 +1,6 @@
 """`jaxllm VERB …`: finds the verb's function and calls it. A verb's module is imported only when it is called."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -84,12 +85,24 @@ def _run(argv: list[str]) -> int:
         print(config.help_text(_find(verb.settings), f"usage: jaxllm {verb.usage} [--key=value ...]\n{verb.summary}"))
         return 0
     cfg, json_to = parse(verb, rest)
-    result = _find(verb.function)(cfg)
+    function = _find(verb.function)
+    try:
+        # With --json=- standard output is the JSON alone.
+        with contextlib.redirect_stdout(sys.stderr) if json_to == "-" else contextlib.nullcontext():
+            result = function(cfg)
+    except RunError as e:
+        if e.result is not None:
+            _write_json(e.result, json_to)
+        raise
+    _write_json(result, json_to)
+    return 0
+
+
+def _write_json(result: dict | None, json_to: str | None) -> None:
     if json_to == "-":
         print(json.dumps(result))
     elif json_to:
         pathlib.Path(json_to).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 def parse(verb: Verb, argv: list[str]):

@@ -38,7 +38,8 @@ class Chip:
 
         At that precision a TPU multiplies float32 in bfloat16, an NVIDIA chip that has TF32 in TF32.
         """
-        as_float32 = "bf16_tflops" if self.vendor == "google" else "tf32_tflops" if "tf32_tflops" in self.figures else "fp32_tflops"
+        as_float32 = "tf32_tflops" if "tf32_tflops" in self.figures else "fp32_tflops"
+        as_float32 = "bf16_tflops" if self.vendor == "google" else as_float32
         name = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "int8": "int8_tflops", "float32": as_float32}[dtype]
         return self._of_device(name, 1e12)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from jaxllm.data import read, store, tokenize
+from jaxllm.data import progress, read, store, tokenize
 from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
 from jaxllm.data.packing import n_rows, pack
@@ -59,7 +59,7 @@ def decoded(one: store.Store) -> list[str]:
     """Returns a store's documents; each has to begin with <bos> and end with <eos>."""
     begins = np.concatenate([[0], one.ends[:-1]]).astype(int)
     documents = [one.tokens[a:b].tolist() for a, b in zip(begins, one.ends, strict=True)]
-    assert all(d[0] == BYTES.bos_id and d[-1] == BYTES.eos_id for d in documents)
+    assert all(d[0] == BYTES.bos_id and d[-1] == BYTES.eos_id and min(d[1:-1]) >= SPECIALS for d in documents)
     texts = [BYTES.decode(d) for d in documents]
     assert [len(t.encode()) for t in texts] == one.byte_counts.tolist()
     return texts
@@ -235,6 +235,13 @@ def test_a_held_out_document_is_held_out_everywhere(tmp_path):
     assert not set(decoded(a.train)) & set(decoded(b.validation))
 
 
+def test_the_share_held_out_is_what_was_asked():
+    alike = [f"{'x' * 60_000}{i}".encode() for i in range(300)]  # the whole beginning counts, not some of it
+    assert sum(tokenize.is_held_out(raw, 0.3) for raw in alike) == pytest.approx(90, abs=30)
+    assert len({tokenize.is_held_out(b"x" * (1 << 16) + bytes([i]), 0.3) for i in range(100)}) == 1  # and no more
+    assert not any(tokenize.is_held_out(raw, 0.0) for raw in alike)
+
+
 def test_the_same_input_is_tokenised_once(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", texts_of(50))
     made = []
@@ -314,7 +321,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     path, real = write_lines(tmp_path / "a.jsonl", texts_of(5000)), pathlib.Path.open
     monkeypatch.setattr(pathlib.Path, "open", lambda self, *a, **k: real(
         pathlib.Path("/dev/full") if self.name == "train.tokens" else self, *a, **k))
-    with pytest.raises(RunError, match=r"cannot be written: no space left on device; free some space, or set data.cache"):
+    with pytest.raises(RunError, match=r"cannot be written: no space left on device; free some space"):
         prepare(config(tmp_path, {"a": path}), BYTES, log=quiet)
     assert list((tmp_path / "cache" / "tokens").glob("*.tmp")) == []
     monkeypatch.undo()
@@ -327,6 +334,28 @@ def test_a_cache_that_cannot_be(tmp_path):
         prepare(config(tmp_path, {"a": write_lines(tmp_path / "a.jsonl", ["a"])}), BYTES, log=quiet)
     with pytest.raises(RunError, match="a/b: cannot be written: no space left"), store.told("a/b"):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    path, real = write_lines(tmp_path / "a.jsonl", texts_of(50)), tokenize._write
+
+    def meanwhile(*args):
+        real(*args)
+        write_lines(path, texts_of(51))
+
+    monkeypatch.setattr(tokenize, "_write", meanwhile)
+    with pytest.raises(RunError, match=r"a.jsonl: changed while it was read; run again"):
+        prepare(config(tmp_path, {"a": path}), BYTES, log=quiet)
+    assert not list((tmp_path / "cache" / "tokens").glob("*.tmp")) and not list((tmp_path / "cache").rglob("meta.json"))
+
+
+def test_long_work_says_how_far_it_is(monkeypatch):
+    said, clock = [], iter([0.0, 1.0, 6.0, 7.0, 12.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    shown = progress.Progress("reading", 100_000_000, said.append)
+    for position in (10, 30, 40, 60):
+        shown.show(position * 1_000_000)
+    assert said == ["reading, 30% of 100 MB, 5.0 MB/s, 14 s left", "reading, 60% of 100 MB, 5.0 MB/s, 8 s left"]
 
 
 def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
@@ -519,6 +548,7 @@ def test_validation_covers_every_row_once(stores, n):
     assert sum(batch["weight_BT"].sum() for batch in batches) == tokens - documents
     n_bytes = sum(shares[0].bytes_of(batch["target_BT"], batch["weight_BT"]) for batch in batches)
     assert n_bytes == sum(one.validation.byte_counts.sum() for one in stores.sources)
+    assert shares[0].bytes_of(np.full((1, 3), 99), np.array([[0.0, 1.0, 0.0]])) == 1  # only of what is predicted
     assert_same(batches, joined([share.batches() for share in shares]))  # the same ones each time
 
 

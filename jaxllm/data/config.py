@@ -43,7 +43,7 @@ class TokenizerConfig:
     kind: Literal["bpe", "unigram"] = "bpe"  # how SentencePiece builds pieces
     vocab_size: int = 8192  # pieces, with the special, chat and byte ones
     character_coverage: float = 0.9995  # share of characters that get a piece; the rest becomes bytes
-    # text read for training, in bytes; a larger corpus is sampled, every document with the same chance
+    # text to train on, in bytes; of more, each source gives its weight's share, each of its documents with the same chance
     sample_bytes: int = 200_000_000
     held_out: float = 0.02  # share of documents kept from training for the report
     output: str = "tokenizer.model"  # where the model goes; a .json report is written beside it

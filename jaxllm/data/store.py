@@ -154,8 +154,8 @@ def told(path):
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RunError(f"{path}: cannot be written: {e.strerror.lower()}; free some space, or set data.cache to a "
-                           "folder on another disk, and run again") from None
+            raise RunError(f"{path}: cannot be written: {e.strerror.lower()}; free some space, or name a folder on another "
+                           "disk, and run again") from None
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 

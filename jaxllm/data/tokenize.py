@@ -34,6 +34,7 @@ from jaxllm.data.store import (
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import RunError, UserError
 
+LARGE = 2_000_000_000  # bytes of files that take a while to hash
 SMALL = 4 << 20  # bytes of text that are tokenised sooner than another process has started
 
 
@@ -75,6 +76,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer, *, log=print) -> Stores:
 def _source(name: str, source: Source, cfg: DataConfig, tokenizer: Tokenizer, cache: pathlib.Path, log) -> SourceStores:
     """Returns one source's stores; makes them unless they are there."""
     files = find_files(source, f"data.sources.{name}.path")
+    before = [_stamp(path) for path in files]
+    if (n_bytes := sum(size for size, _ in before)) > LARGE:
+        log(f"{name}: looking whether these {n_bytes / 1e9:,.1f} GB are tokenised already")
     made_of = {
         "version": VERSION, "tokenizer": tokenizer.hash, "validation": cfg.validation, "invalid_utf8": cfg.invalid_utf8,
         "text_key": source.text_key, "document_bytes": document_bytes(source), "separator": source.separator,
@@ -86,7 +90,8 @@ def _source(name: str, source: Source, cfg: DataConfig, tokenizer: Tokenizer, ca
     with locked(lock, waiting=lambda: log(f"{name}: another process is tokenising the same text; waiting for it")):
         opened = _open(folder, log)
         if opened is None:
-            _make(folder, name, files, source, cfg, tokenizer, made_of, log)
+            writing = Progress(f"{name}: tokenising", n_bytes, log)
+            _make(folder, files, before, source, cfg, tokenizer, made_of, writing)
             opened = open_stores(folder)
     counts, stores = opened
     if not len(stores["train"].tokens):
@@ -132,12 +137,11 @@ def _nothing(counts: Counts) -> str:
 # ---------------------------------------------------------------- making a store
 
 
-def _make(folder: pathlib.Path, name: str, files, source: Source, cfg: DataConfig, tokenizer, made_of: dict, log) -> None:
+def _make(folder: pathlib.Path, files, before, source: Source, cfg: DataConfig, tokenizer, made_of: dict, progress) -> None:
+    """Tokenises files, which had the stamps `before` when they were hashed, into a folder."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        before = [_stamp(path) for path in files]
-        progress = Progress(f"{name}: tokenising", sum(size for size, _ in before), log)
         worker = Worker(tokenizer, source.text_key, cfg.invalid_utf8, cfg.validation)
         n_workers = 1 if progress.total < SMALL else cfg.workers or n_cores()
         with StoreWriter(temporary, tokenizer.vocab_size) as writer:

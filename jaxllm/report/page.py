@@ -10,7 +10,7 @@ import yaml
 from jaxllm import __version__
 from jaxllm.errors import UserError
 from jaxllm.report.config import ReportVerb
-from jaxllm.report.read import Run, read_runs
+from jaxllm.report.read import Run, number, read_runs
 from jaxllm.report.style import CSS
 from jaxllm.report.summary import duration, moment, summary
 
@@ -59,7 +59,8 @@ def render(runs: list[Run]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n<body><main>\n" + "\n".join(b for b in body if b) + "\n</main></body></html>\n"
+        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part) + "\n</main></body></html>\n"
     )
 
 
@@ -139,7 +140,8 @@ def facts(s: dict) -> str:
 def comparison(runs: list[Run], sums: list[dict]) -> str:
     """Returns the numbers of several runs, one column a run, the best of each row in bold."""
     head = "".join(f'<th class="n">{dot(i)}{esc(run.name)}</th>' for i, run in enumerate(runs))
-    states = "".join(f'<td class="n">{"<br>".join([state(s), *trouble(run, s)])}</td>' for run, s in zip(runs, sums, strict=True))
+    states = "".join(f'<td class="n">{"<br>".join([state(s), *trouble(run, s)])}</td>'
+                     for run, s in zip(runs, sums, strict=True))
     body = f"<tr><td></td>{states}</tr>"
     for key, label, write, better in ROWS:
         known = [s[key] for s in sums if key in s]
@@ -162,7 +164,8 @@ def dot(i: int) -> str:
 
 def number_incidents(runs: list[Run]) -> list[tuple[int, int, dict]]:
     """Returns (number, run, incident) of all incidents, by run and time; the numbers stand in the curves too."""
-    flat = [(i, x) for i, run in enumerate(runs) for x in sorted(run.incidents, key=lambda x: (x.get("step") or 0, x.get("time") or 0))]
+    flat = [(i, x) for i, run in enumerate(runs)
+            for x in sorted(run.incidents, key=lambda x: (number(x.get("step") or 0), number(x.get("time") or 0)))]
     return [(n, i, x) for n, (i, x) in enumerate(flat[-MAX_INCIDENTS:], start=1)]
 
 
@@ -187,7 +190,8 @@ def curves(runs: list[Run], numbered) -> str:
     said = "Faint: each logged line; solid: mean over a fortieth of the run." if any(len(r.lines) >= 30 for r in runs) else ""
     said += " The runs have steps of different size, so tokens are on the axis." if by_tokens else ""
     said += " Dotted lines: incidents, numbered as below." if marks else ""
-    return (f'<h2>Curves</h2>{f"""<div class="legend">{legend}</div>""" if legend else ""}<div class="plots">{"".join(drawn)}</div>'
+    legend = f'<div class="legend">{legend}</div>' if legend else ""
+    return (f'<h2>Curves</h2>{legend}<div class="plots">{"".join(drawn)}</div>'
             f'<p class="quiet small" style="margin-top:10px">{said.strip()}</p>')
 
 
@@ -212,8 +216,8 @@ def incidents(runs: list[Run], numbered) -> str:
                  f'<td>{esc(x.get("message", ""))}</td><td class="quiet small" style="white-space:nowrap">{when}</td></tr>')
     which = "<th>run</th>" if len(runs) > 1 else ""
     more = f'<p class="quiet small">{hidden} earlier ones are in incidents.jsonl.</p>' if hidden > 0 else ""
-    return (f'<h2>Incidents</h2><div class="card pad scroll"><table><tr><th></th>{which}<th class="n">step</th><th>what</th><th></th><th>when</th></tr>'
-            f"{rows}</table></div>{more}")
+    head = f'<tr><th></th>{which}<th class="n">step</th><th>what</th><th></th><th>when</th></tr>'
+    return f'<h2>Incidents</h2><div class="card pad scroll"><table>{head}{rows}</table></div>{more}'
 
 
 # ---------------------------------------------------------------- samples and settings
@@ -237,7 +241,8 @@ def samples_of(run: Run) -> str:
     out = ""
     for n, step in enumerate(steps[::stride]):
         texts = "".join(sample_text(s) for s in by_step[step])
-        out += f'<details class="card"{" open" if n == 0 else ""}><summary>step {esc(step)}</summary><div class="pad">{texts}</div></details>'
+        out += (f'<details class="card"{" open" if n == 0 else ""}><summary>step {esc(step)}</summary>'
+                f'<div class="pad">{texts}</div></details>')
     if stride > 1:
         out += f'<p class="quiet small">One of every {stride} sampled steps; all are in samples.jsonl.</p>'
     return out
@@ -277,7 +282,8 @@ def differing(runs: list[Run], flat: list[dict]) -> str:
         mark = [len(runs) == 2 or v != usual for v in values]
         rows += f'<tr><td class="key">{esc(k)}</td>' + "".join(
             f'<td{" class=differs" if m else ""}>{esc(v)}</td>' for v, m in zip(values, mark, strict=True)) + "</tr>"
-    return f'<p class="quiet small">Only what differs:</p><div class="card pad scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+    return ('<p class="quiet small">Only what differs:</p>'
+            f'<div class="card pad scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>')
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

@@ -5,6 +5,7 @@ Colours are drawn as stand-ins that `to_svg` turns into the page's CSS variables
 
 import dataclasses
 import io
+import itertools
 import math
 import re
 
@@ -214,7 +215,7 @@ def thin(x: np.ndarray, y: np.ndarray, buckets: int = BUCKETS) -> tuple[np.ndarr
     kept = good
     if len(good) > 2 * buckets:
         ends = np.linspace(0, len(good), buckets + 1).astype(int)
-        kept = np.unique([good[0], good[-1], *(good[a + f(y[good[a:b]])] for a, b in zip(ends[:-1], ends[1:], strict=True)
+        kept = np.unique([good[0], good[-1], *(good[a + f(y[good[a:b]])] for a, b in itertools.pairwise(ends)
                                                for f in (np.argmin, np.argmax))])
     gaps = np.flatnonzero(np.diff(np.cumsum(~np.isfinite(y))[kept])) + 1
     return np.insert(x[kept].astype(float), gaps, np.nan), np.insert(y[kept].astype(float), gaps, np.nan)

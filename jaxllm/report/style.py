@@ -41,8 +41,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 td.key { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; white-space: nowrap; }
 td.differs { background: var(--tint); }
 .pad { padding: 6px 16px; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: Charter, Georgia, "Times New Roman", serif; font-size: 15.5px;
-  line-height: 1.55; padding: 10px 0; border-top: 1px solid var(--grid); }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: Charter, Georgia, "Times New Roman", serif;
+  font-size: 15.5px; line-height: 1.55; padding: 10px 0; border-top: 1px solid var(--grid); }
 .text:first-of-type { border-top: 0; }
 .text i { font-style: normal; color: var(--muted); }
 details { margin-top: 8px; }

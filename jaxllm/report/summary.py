@@ -1,6 +1,7 @@
 """The few numbers that stand for a run, out of its logs and settings."""
 
 import datetime
+import itertools
 import math
 
 import numpy as np
@@ -46,7 +47,7 @@ def wall_seconds(run: Run) -> float | None:
         return None
     starts = sorted(x["time"] for x in run.incidents if x.get("kind") == "resumed" and isinstance(x.get("time"), (int, float)))
     total = float(first[0] * train[0]) if len(first) and len(train) and np.isfinite(first[0]) else 0.0
-    for before, after in zip(times[:-1], times[1:], strict=True):
+    for before, after in itertools.pairwise(times):
         began = next((s for s in starts if before < s <= after), before)
         total += max(after - began, 0.0)
     return total

@@ -52,8 +52,9 @@ def formula(cfg: ModelConfig, seq_len: int) -> str:
     part = forward_flops_per_token(cfg, seq_len)
     multiplied = (part["projections"] + part["feed-forward"] + part["head"]) / 2
     seen = mean_seen(seq_len, cfg.window)
-    return (f"6 x {multiplied / 1e6:.2f} M weights that are multiplied + 12 x {cfg.n_layers} layers x {cfg.d_model} width x {seen:g} "
-            f"positions seen on average = {training_flops_per_token(cfg, seq_len) / 1e6:.2f} MFLOPs a token, forward and backward")
+    return (f"6 x {multiplied / 1e6:.2f} M weights that are multiplied + 12 x {cfg.n_layers} layers x {cfg.d_model} width x "
+            f"{seen:g} positions seen on average = {training_flops_per_token(cfg, seq_len) / 1e6:.2f} MFLOPs a token, "
+            "forward and backward")
 
 
 def _sizes(cfg: ModelConfig) -> tuple[int, ...]:

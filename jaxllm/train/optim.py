@@ -25,8 +25,8 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
     alone; `tx.update` takes the step's loss as `value`, which reduce-on-plateau follows.
     """
     schedule = make_schedule(cfg, steps)
-    parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
-    parts += [_rule(cfg, schedule)]
+    # Identities keep the places of what is off, so that the state of a run fits when clipping or decay is turned on or off.
+    parts = [optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(), _rule(cfg, schedule)]
     if cfg.schedule != "plateau":
         return Optimizer(optax.with_extra_args_support(optax.chain(*parts)), lambda step, opt_state: schedule(step))
     parts += [reduce_on_plateau(cfg.factor, cfg.patience, rtol=cfg.threshold, min_scale=cfg.final)]
@@ -44,7 +44,9 @@ def _rule(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransform
         "sgd": lambda: optax.trace(cfg.b1) if cfg.b1 else optax.identity(),
         "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),  # Shazeer, Stern 2018
     }[cfg.name]()
-    decay = optax.add_decayed_weights(cfg.weight_decay, mask=lambda p: decayed(p, cfg)) if cfg.weight_decay else optax.identity()
+    decay = optax.identity()
+    if cfg.weight_decay:
+        decay = optax.add_decayed_weights(cfg.weight_decay, mask=lambda p: decayed(p, cfg))
     return optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
 
 

@@ -145,7 +145,7 @@ def _say_what_runs(cfg, program, rows, run, start):
         f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
-        rows.describe(),
+        rows.describe(run.steps),
         "compiling the step",
     ):
         run.log.say(line)

@@ -1,0 +1,118 @@
+"""Plants one fault at a time in a copy of the source and runs the tests that should see it.
+
+    python tests/mutate.py            # every fault; exits 1 when one goes unseen
+    python tests/mutate.py rope       # those whose name holds "rope"
+
+A fault is a piece of source text and what it becomes; the text must occur exactly once in its file, so that a change of
+the code cannot turn a fault into no fault without this script saying so.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    text: str
+    becomes: str
+    tests: str  # what pytest is given
+
+
+FAULTS = [
+    Fault("a micro-batch is dropped", "jaxllm/train/step.py", "xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)",
+          "xs = jnp.arange(micro_batches - 1), jax.tree.map(lambda x: split(micro_batches, x)[1:], batch)", "tests/test_step.py -k micro_batches"),
+    Fault("mean of micro-batch means", "jaxllm/train/step.py", "return jax.tree.map(jnp.add, total, (loss, n, grads)), None",
+          "return jax.tree.map(jnp.add, total, (loss / n * 100, 100.0, jax.tree.map(lambda g: g / n * 100, grads))), None",
+          "tests/test_step.py -k micro_batches"),
+    Fault("the next document's first token is predicted", "jaxllm/data/packing.py", "weight_BT = ~target_starts_BT",
+          "weight_BT = np.ones_like(target_starts_BT)", "tests/test_data.py -k pack"),
+    Fault("document ids are off by one position", "jaxllm/data/packing.py", "starts_BT, target_starts_BT = starts_BS[:, :-1], starts_BS[:, 1:]",
+          "starts_BT, target_starts_BT = np.roll(starts_BS, 1, 1)[:, :-1], starts_BS[:, 1:]", "tests/test_data.py -k pack"),
+    Fault("document ids are ignored", "jaxllm/model/heads.py", "v_BTKH, doc_BT, window=self.window)", "v_BTKH, None, window=self.window)",
+          "tests/test_step.py -k packed"),
+    Fault("the window is one too wide", "jaxllm/model/heads.py", "window=self.window)", "window=self.window and self.window + 1)",
+          "tests/test_step.py tests/test_generate.py -k 'packed or window'"),
+    Fault("rotary positions turn half as fast", "jaxllm/model/layers.py", "(jnp.arange(half, dtype=jnp.float32) / half)",
+          "(jnp.arange(half, dtype=jnp.float32) / (2 * half))", "tests/test_model.py -k rope"),
+    Fault("keys are not rotated", "jaxllm/model/layers.py", "rope(k_BTKH, pos_BT, self.theta)", "k_BTKH", "tests/test_model.py -k 'position or llama'"),
+    Fault("query heads use the wrong kv head", "jaxllm/model/layers.py", "q_BTNH = qkv_BTKGH[:, :, :, :-2].reshape(B, T, K * (G - 2), H)",
+          "q_BTNH = qkv_BTKGH[:, :, :, :-2].swapaxes(2, 3).reshape(B, T, K * (G - 2), H)", "tests/test_model.py -k llama"),
+    Fault("gate and up are swapped", "jaxllm/model/layers.py", "(both_BTCF[:, :, 0]) * both_BTCF[:, :, 1]", "(both_BTCF[:, :, 1]) * both_BTCF[:, :, 0]",
+          "tests/test_model.py -k llama"),
+    Fault("a step is skipped on resume", "jaxllm/train/loop.py", "batches, clock, pending = run.batches(start), Clock(), None",
+          "batches, clock, pending = run.batches(start + (start > 0)), Clock(), None", "tests/test_resume.py -k 'stopped_on or damaged'"),
+    Fault("the optimizer's state is lost on resume", "jaxllm/train/checkpoint.py", "state = TrainState(params=read.params, **read.train)",
+          "state = TrainState(params=read.params, **read.train | {'opt_state': jax.tree.map(jnp.zeros_like, read.train['opt_state'])})",
+          "tests/test_pretrain.py -k restores"),
+    Fault("checksums are not looked at", "jaxllm/train/checkpoint.py",
+          "return [name for name, total in zip(named, sums, strict=True) if int(total) != arrays[name][2]]", "return []",
+          "tests/test_resume.py -k damage_flip"),
+    Fault("a signal during a save is lost", "jaxllm/train/loop.py", "last = step == run.steps or stopping is not None",
+          "last = step == run.steps", "tests/test_resume.py -k stopped_on"),
+    Fault("lines of a killed run are kept", "jaxllm/train/run_folder.py", "if json.loads(line).get(\"step\", 0) <= step:", "if json.loads(line):",
+          "tests/test_resume.py -k damaged"),
+    Fault("the z-loss has half its gradient", "jaxllm/train/loss.py", "(1 + 2 * z_loss * log_z_BC)", "(1 + z_loss * log_z_BC)",
+          "tests/test_loss.py"),
+    Fault("the last positions of a row have no loss", "jaxllm/train/loss.py", "if C * n == T:", "if True:", "tests/test_loss.py"),
+    Fault("norms decay", "jaxllm/train/optim.py", 'return var.replace("norm" not in var.axes and', 'return var.replace(True and',
+          "tests/test_optim.py -k decay"),
+    Fault("cosine ends at zero", "jaxllm/train/schedules.py", "peak * (final + (1 - final) * 0.5 *", "peak * (0.5 *", "tests/test_optim.py -k cosine"),
+    Fault("warm-up starts at zero", "jaxllm/train/schedules.py", "peak * (step + 1) / max(warmup, 1)", "peak * step / max(warmup, 1)",
+          "tests/test_optim.py -k closed_form"),
+    Fault("the plateau's floor is ignored", "jaxllm/train/optim.py", ", min_scale=cfg.final)", ")", "tests/test_optim.py -k plateau"),
+    Fault("dropout's key is the same in evaluation", "jaxllm/model/layers.py", "if key is None or rate == 0:", "if rate == 0:",
+          "tests/test_step.py -k dropout"),
+    Fault("a weight is replicated", "jaxllm/partition.py", '"embed": "fsdp",  # width, in weights', '"embed": None,', "tests/test_step.py -k really_split"),
+    Fault("a mesh that does not divide is let through", "jaxllm/train/state.py", "    check_divides(abstract.params, mesh)\n", "",
+          "tests/test_step.py -k said_before"),
+    Fault("an infinite loss is not noticed", "jaxllm/train/loop.py", "if why := not_finite(names, metrics):", "if False and (why := ''):",
+          "tests/test_pretrain.py -k not_finite"),
+    Fault("an unknown key is dropped", "jaxllm/config.py", "raise UserError(f\"{where}: unknown key {key!r}{_nearest(cls, key)}\") from None",
+          "return base", "tests/test_config.py -k mistake"),
+    Fault("two processes may share a folder", "jaxllm/train/run_folder.py", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+          "tests/test_resume.py -k in_use"),
+]
+
+
+def main(argv: list[str]) -> int:
+    unseen = []
+    chosen = [f for f in FAULTS if not argv or any(word in f.name for word in argv)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__"))
+        for fault in chosen:
+            if not seen(fault, copy):
+                unseen.append(fault.name)
+    print(f"{len(chosen) - len(unseen)} of {len(chosen)} faults seen" + "".join(f"\n  unseen: {name}" for name in unseen))
+    return 1 if unseen else 0
+
+
+def seen(fault: Fault, copy: pathlib.Path) -> bool:
+    """Plants a fault, runs its tests, takes it out again; returns whether a test failed, and says which."""
+    path = copy / fault.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(fault.text) != 1:
+        print(f"?  {fault.name}: its text occurs {source.count(fault.text)} times in {fault.file}")
+        return False
+    path.write_text(source.replace(fault.text, fault.becomes), encoding="utf-8")
+    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --durations=0 {fault.tests}"
+    done = subprocess.run(["sh", "-c", command], cwd=copy, capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"})
+    path.write_text(source, encoding="utf-8")
+    red = [line.split(" - ")[0].removeprefix("FAILED ") for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    caught = done.returncode == 1 and bool(red)
+    print(f"{'ok' if caught else 'NO'} {fault.name}: {red[0] if red else (done.stdout + done.stderr).splitlines()[-1]}", flush=True)
+    return caught
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
