@@ -26,6 +26,7 @@ from jaxllm.train.config import OptimConfig, PretrainConfig, TrainConfig
 from jaxllm.train.optim import make_optimizer
 from jaxllm.train.state import build
 
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter")
 TOPOLOGIES = {"v5e:2x2": "v5litepod-4", "v5e:4x4": "v5litepod-16"}
 
 
@@ -42,7 +43,7 @@ def demo():
 
 
 def compile_step(model, train, seq_len, mesh_cfg, topology):
-    """Returns (compiled step, seconds) of the very step that training runs, for a topology's devices."""
+    """Returns (compiled step, seconds, parameters) of the very step that training runs, for a topology's devices."""
     os.environ["TPU_ACCELERATOR_TYPE"] = TOPOLOGIES[topology]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(mesh_cfg, devices)
@@ -53,16 +54,18 @@ def compile_step(model, train, seq_len, mesh_cfg, topology):
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = program.train_step.lower(program.abstract, batch).compile()
-    return compiled, time.perf_counter() - began
+    return compiled, time.perf_counter() - began, sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params))
 
 
-def report(compiled, seconds) -> dict:
+def report(compiled, seconds, parameters) -> dict:
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "compile_s": round(seconds, 1), "peak_gb": round(peak / 1e9, 3), "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 3),
-        "temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 3), "splash_calls": text.count('custom_call_target="tpu_custom_call"'),
-        "collectives": {k: text.count(f" {k}(") + text.count(f" {k}-start(") for k in ("all-gather", "all-reduce", "reduce-scatter")},
+        "parameters": parameters, "compile_s": round(seconds, 1), "peak_gb": round(peak / 1e9, 3),
+        "arguments_gb": round(arguments / 1e9, 3), "temporaries_gb": round(temporaries / 1e9, 3),
+        "splash_calls": text.count('custom_call_target="tpu_custom_call"'),
+        "collectives": {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in COLLECTIVES},
     }
 
 

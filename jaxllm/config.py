@@ -97,7 +97,7 @@ def _merge(cls, base: DictConfig, extra: DictConfig, where: str) -> DictConfig:
     groups = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type) or typing.get_origin(f.type) is dict}
     for key in groups & extra.keys():
         if not isinstance(extra[key], DictConfig):
-            raise UserError(f"{where}: {key}={extra[key]!r}: is a group: should be {key}.KEY=value, or `{key}:` with keys below it")
+            raise UserError(f"{where}: {key}={extra[key]!r}: is a group: should be {key}.KEY=value, or `{key}:` and keys below")
     try:
         return OmegaConf.merge(base, extra)
     except ConfigKeyError as e:

@@ -123,7 +123,8 @@ def sizes() -> Iterator[Item]:
     largest = ", ".join(f"{name} {size[name] / 1e6:,.0f} MB" for name in sorted(size, key=size.get, reverse=True)[:3])
     total = sum(size[name] for name in ours)
     yield Item("installed size", "jaxllm needs", "ok", f"{len(ours)} packages, {total / 1e6:,.0f} MB")
-    yield Item("installed size", "environment", "ok", f"{len(size)} packages, {sum(size.values()) / 1e6:,.0f} MB; largest: {largest}")
+    said = f"{len(size)} packages, {sum(size.values()) / 1e6:,.0f} MB; largest: {largest}"
+    yield Item("installed size", "environment", "ok", said)
 
 
 # ---------------------------------------------------------------- machine
@@ -145,7 +146,9 @@ def memory() -> Item:
     text = limit.read_text().strip() if limit.exists() else "max"
     share = min(total, int(text) / 1e9) if text.isdigit() else total
     said = f"{share:.1f} GB" + (f" of the machine's {total:.1f} GB" if share < total else "")
-    return Item("machine", "memory", "ok" if share >= 2 else "note", said, "" if share >= 2 else "take a smaller model or batch")
+    if share < 2:
+        return Item("machine", "memory", "note", said, "take a smaller model and batch, or a larger machine")
+    return Item("machine", "memory", "ok", said)
 
 
 def disk(name: str, folder: pathlib.Path) -> Item:
@@ -158,7 +161,8 @@ def disk(name: str, folder: pathlib.Path) -> Item:
     if not os.access(there, os.W_OK):
         return Item("machine", name, "fail", f"{said}; cannot be written", f"chown -R {os.getuid()} {there}")
     if free < WANT_GB:
-        return Item("machine", name, "fail" if free < NEED_GB else "note", said, f"free some space: du -xh {there} | sort -h | tail")
+        mend = f"free some space: du -xh {there} | sort -h | tail"
+        return Item("machine", name, "fail" if free < NEED_GB else "note", said, mend)
     return Item("machine", name, "ok", said)
 
 
@@ -226,8 +230,10 @@ def unseen(there: dict[str, str], platforms: set[str]) -> Iterator[Item]:
         asked = os.environ.get("JAX_PLATFORMS", "")
         if asked and kind not in asked and "cuda" not in asked:
             mend = "unset JAX_PLATFORMS"
+        elif kind == "tpu" and not installed.version("libtpu"):
+            mend = f"{PIP} -U 'jax[tpu]'"
         elif kind == "tpu":
-            mend = f"{PIP} -U 'jax[tpu]'" if not installed.version("libtpu") else "sudo dmesg | tail; reboot the TPU VM if it stays so"
+            mend = "sudo dmesg | tail; reboot the TPU VM if it stays so"
         elif not pathlib.Path("/proc/driver/nvidia/version").exists():
             mend = "load NVIDIA's driver first: sudo modprobe nvidia; nvidia-smi"
         else:
@@ -254,7 +260,7 @@ def holders(proc: pathlib.Path = pathlib.Path("/proc")) -> list[int]:
     found = set()
     for link in proc.glob("[0-9]*/fd/*"):
         try:
-            target = os.readlink(link)
+            target = str(link.readlink())
         except OSError:  # it ended, or is another user's
             continue
         if target.startswith(("/dev/accel", "/dev/vfio/")) or target == "/tmp/libtpu_lockfile":

@@ -29,12 +29,15 @@ def _declared() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
     """Returns (core, extras) from the checkout's setup.py, or else from the installed metadata."""
     if SETUP.exists():
         tree = ast.parse(SETUP.read_text(encoding="utf-8"))
-        names = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+        assigned = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+        names = {n.targets[0].id: n.value for n in assigned}
         keywords = {k.arg: k.value for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
         needs, optional = ast.literal_eval(keywords["install_requires"]), ast.literal_eval(names["EXTRAS"])
         return list(map(Requirement, needs)), {name: list(map(Requirement, each)) for name, each in optional.items()}
     named = importlib.metadata.metadata("jaxllm").get_all("Provides-Extra") or []
-    return needs_of("jaxllm"), {name: [n for n in needs_of("jaxllm", {name}) if n.marker] for name in named if name != "test"}
+    always = needs_of("jaxllm")
+    optional = {name: [n for n in needs_of("jaxllm", {name}) if n not in always] for name in named if name != "test"}
+    return always, optional
 
 
 def needs_of(name: str, extra: set[str] | frozenset[str] = frozenset()) -> list[Requirement]:

@@ -6,18 +6,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-STEPS = 3
+STEPS, T = 3, 128
 
 
 def self_test() -> Iterator[tuple[str, str, str, str]]:
     """Yields (what, state, what was seen, what mends it); after a failure, what needs its result is left out."""
     with tempfile.TemporaryDirectory() as folder:
         made: dict = {}
+        update = f"{sys.executable} -m pip install -U"
         for name, stage, mend in (
-            ("model and mesh", make, "report this: it is not something a setting mends"),
-            ("3 training steps", train, f"{sys.executable} -m pip install -U jax jaxlib"),
-            ("checkpoint", lambda made: checkpoint(made, pathlib.Path(folder)), f"{sys.executable} -m pip install -U orbax-checkpoint"),
-            ("generation", generate, "report this: training works, sampling does not"),
+            ("model and mesh", make, f"{update} jax jaxlib flax optax"),
+            (f"{STEPS} training steps", train, f"{update} jax jaxlib flax optax"),
+            ("checkpoint", lambda made: checkpoint(made, pathlib.Path(folder)), f"{update} orbax-checkpoint"),
+            ("generation", generate, f"{update} jax jaxlib flax"),
         ):
             state, said = attempt(stage, made)
             yield name, state, said, mend if state == "fail" else ""
@@ -48,7 +49,7 @@ def make(made: dict) -> str:
     from jaxllm.train.state import build
 
     mesh, tokenizer = make_mesh(MeshConfig()), load_tokenizer("bytes")
-    model = ModelConfig(d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size, max_seq_len=128)
+    model = ModelConfig(d_model=128, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=tokenizer.vocab_size, max_seq_len=T)
     train = TrainConfig(steps=STEPS, batch_size=mesh.size)
     program = build(model, train, make_optimizer(OptimConfig(lr=1e-2, schedule="constant"), STEPS), mesh)
     with jax.set_mesh(mesh):
@@ -64,11 +65,11 @@ def train(made: dict) -> str:
     import numpy as np
 
     rows = made["mesh"].size
-    token_T = np.frombuffer((b"In the beginning was the word. " * 4)[:65], np.uint8).astype(np.int32)
+    token_T = np.frombuffer((b"In the beginning was the word. " * 5)[: T + 1], np.uint8).astype(np.int32)
     batch = {
         "token_BT": np.tile(token_T[:-1], (rows, 1)), "target_BT": np.tile(token_T[1:], (rows, 1)),
-        "weight_BT": np.ones((rows, 64), np.float32), "pos_BT": np.tile(np.arange(64, dtype=np.int32), (rows, 1)),
-        "doc_BT": np.ones((rows, 64), np.int32),
+        "weight_BT": np.ones((rows, T), np.float32), "pos_BT": np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
+        "doc_BT": np.ones((rows, T), np.int32),
     }
     losses = []
     with jax.set_mesh(made["mesh"]):

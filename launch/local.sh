@@ -58,7 +58,7 @@ venv=".venv"
 extras="test"
 [ "$command" = demo ] && extras="test,demo"
 
-need_kb=2500000
+need_kb=3500000
 free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
 stamp="$venv/installed"
 wanted=$(cat setup.py launch/colab.txt | cksum; echo "$extras $colab $($python --version)")
@@ -82,7 +82,22 @@ set_up() {
         if grep -q "No space left" "$venv/pip.log"; then stop "the disk became full while installing; free some space and run this again"; fi
         stop "the install failed (all of it: $venv/pip.log); is there a network? Run this again when it is mended"
     }
+    [ "$command" = test ] && add_tpu_compiler
     printf '%s' "$wanted" > "$stamp"
+}
+
+# The tests compile for TPUs on this machine. The compiler goes beside the environment, not into it: where jax finds libtpu
+# it looks for a TPU at every start.
+add_tpu_compiler() {
+    case "$(uname -sm)" in "Linux x86_64") ;; *) say "no TPU compiler for $(uname -sm): its tests will be skipped"; return 0 ;; esac
+    wanted_tpu=$("$venv/bin/python" -c '
+import importlib.metadata, re
+found = [r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")]
+print(re.split("[; ]", found[0])[0] if found else "libtpu")')
+    [ -n "$colab" ] && wanted_tpu=$(grep '^libtpu' launch/colab.txt)
+    say "installing the TPU compiler ($wanted_tpu) for the compile tests"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$venv/libtpu" "$wanted_tpu" \
+        2>>"$venv/pip.log" || say "it could not be installed: the compile tests will be skipped"
 }
 
 began=$(date +%s)

@@ -26,10 +26,11 @@ def make_run(folder, steps=60, *, batch=8, lr=1e-3, evals=3, samples=(("Once", "
     lines = []
     for step in range(1, steps + 1):
         now = {"step": step, "tokens": step * batch * 10, "time": 1e9 + step * 2.0}
-        lines.append(now | {"loss": loss(step) if loss else 5 - step / steps, "grad_norm": 1.0 + step % 7, "lr": lr, "step_s": 2.0,
-                            "tokens_per_s": 1000.0 + step, "model_tflops_per_s": 0.5, "host_gb": 1.5})
+        lines.append(now | {"loss": loss(step) if loss else 5 - step / steps, "grad_norm": 1.0 + step % 7, "lr": lr,
+                            "step_s": 2.0, "tokens_per_s": 1000.0 + step, "model_tflops_per_s": 0.5, "host_gb": 1.5})
         if evals and step % (steps // evals) == 0:
-            lines.append(now | {"eval_loss": 5.2 - step / steps, "eval_perplexity": 99.0, "eval_bits_per_byte": 2 - step / steps})
+            lines.append(now | {"eval_loss": 5.2 - step / steps, "eval_perplexity": 99.0,
+                                "eval_bits_per_byte": 2 - step / steps})
     write_lines(folder / "metrics.jsonl", lines)
     write_lines(folder / "samples.jsonl", [{"step": 10 * (i + 1), "prompt": p, "text": t} for i, (p, t) in enumerate(samples)])
     write_lines(folder / "incidents.jsonl", incidents)
@@ -74,7 +75,8 @@ def test_ids_are_unique_and_every_reference_has_its_id(plain):
 
 def test_text_from_the_run_is_escaped(tmp_path):
     evil = "<script>alert(1)</script> & \"quotes\" </div> \x00\ud800"
-    run = make_run(tmp_path / "<b>run", samples=[(evil, evil)], incidents=[{"time": 1e9, "step": 5, "kind": evil, "message": evil}])
+    incident = {"time": 1e9, "step": 5, "kind": evil, "message": evil}
+    run = make_run(tmp_path / "<b>run", samples=[(evil, evil)], incidents=[incident])
     (run / "config.yaml").write_text(json.dumps({"data": {"tokenizer": "<script>x</script>"}, "commit": "<i>"}))
     text = page_of(run)
     assert "<script" not in text and "<b>run" not in text and "<i>," not in text and "\x00" not in text

@@ -1,0 +1,112 @@
+"""Keys and values of the past: their layout, how a prompt fills them, and how one new token reads and extends them.
+
+B row, T position of a prompt, S slot, D width, N query heads, K kv heads, G heads of a kv head, H head width, V vocabulary.
+
+All rows of a batch stand flush at one slot: shorter prompts have padding in front, up to slot `first_B`. A token's
+position is its slot less `first_B`, so padding changes neither positions nor distances, and no slot before `first_B` is seen.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model.heads import LanguageModel
+from jaxllm.model.transformer import unstack
+from jaxllm.partition import constrain
+
+MASKED = -1e30  # not -inf, which would turn a row of masked scores into NaN
+
+
+class Weights(NamedTuple):
+    """A model's parameters as decoding wants them."""
+
+    params: nnx.State  # all but the layers' where `block_L` holds those
+    block_L: list[nnx.State] | None  # each layer's own arrays; None: they are scanned, as in training
+
+
+def prepare(graph: nnx.GraphDef, dtype, params: nnx.State) -> Weights:
+    """Returns the weights in the compute type; where layers are unrolled, cut apart once instead of at every token."""
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    model = nnx.merge(graph, params)
+    if not model.trunk.form.unroll:
+        return Weights(params, None)
+    block_L = unstack(nnx.state(model.trunk.blocks_L), model.trunk.n_layers)
+    return Weights(_without_blocks(params), block_L)
+
+
+def _without_blocks(params: nnx.State) -> nnx.State:
+    def keep(path, leaf):
+        return jnp.zeros((), leaf.dtype) if any(getattr(k, "key", None) == "blocks_L" for k in path) else leaf
+
+    return jax.tree_util.tree_map_with_path(keep, params)
+
+
+def read_prompt(model: LanguageModel, block_L, token_BT, first_B, slots: int):
+    """Returns (the hidden states x_BD at the prompts' last tokens, the caches of `slots` slots that hold the prompts)."""
+    slot_T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)
+    pos_BT = jnp.maximum(slot_T[None] - first_B[:, None], 0)
+    doc_BT = (slot_T[None] >= first_B[:, None]).astype(jnp.int32)  # padding is document 0
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+        o_BTNH = model.trunk.form.attention(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=model.window)
+        return o_BTNH, (_slots(k_BTKH, slots), _slots(v_BTKH, slots))
+
+    x_BTD, cache_L = _layers(model, block_L, model.trunk.embed(token_BT), pos_BT, attend, None)
+    return model.trunk.norm(x_BTD[:, -1:])[:, 0], cache_L
+
+
+def read_token(model: LanguageModel, block_L, token_B, slot, first_B, cache_L):
+    """Returns (the hidden states x_BD of one more token of each row, the caches with it in `slot`)."""
+    pos_B1 = jnp.maximum(slot - first_B, 0)[:, None]
+
+    def attend(q_B1NH, k_B1KH, v_B1KH, cache):
+        k_BKSH, v_BKSH = (
+            jax.lax.dynamic_update_slice_in_dim(old_BKSH, new_B1KH.swapaxes(1, 2), slot, axis=2)
+            for old_BKSH, new_B1KH in zip(cache, (k_B1KH, v_B1KH), strict=True)
+        )
+        return attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, first_B, model.window), (k_BKSH, v_BKSH)
+
+    x_B1D, cache_L = _layers(model, block_L, model.trunk.embed(token_B[:, None]), pos_B1, attend, cache_L)
+    return model.trunk.norm(x_B1D)[:, 0], cache_L
+
+
+def attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, first_B, window: int | None):
+    """Attends from the token in `slot` to the slots of its row, up to its own and at most `window` of them."""
+    B, _, N, H = q_B1NH.shape
+    K, S = k_BKSH.shape[1:3]
+    slot_S = jnp.arange(S, dtype=jnp.int32)
+    seen_BS = (slot_S[None] <= slot) & (slot_S[None] >= first_B[:, None])
+    if window is not None:
+        seen_BS &= slot_S[None] > slot - window
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H) * H**-0.5
+    score_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, MASKED)
+    share_BKGS = jax.nn.softmax(score_BKGS, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", share_BKGS, v_BKSH).reshape(B, 1, N, H)
+
+
+def grow(cache_L, slots: int):
+    """Returns the caches with room for `slots` slots."""
+
+    def one(x):  # [..., S, H]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)])
+
+    return jax.tree.map(one, cache_L)
+
+
+def _layers(model, block_L, x_BTD, pos_BT, attend, cache_L):
+    if block_L is None:
+        return model.trunk.blocks(x_BTD, pos_BT, attend, cache_L)
+    graph, caches = nnx.graphdef(model.trunk.blocks_L), []
+    for params, cache in zip(block_L, cache_L or [None] * len(block_L), strict=True):
+        x_BTD, cache = nnx.merge(graph, params)(x_BTD, pos_BT, attend, cache)
+        caches.append(cache)
+    return x_BTD, caches
+
+
+def _slots(x_BTKH, slots: int):
+    # Heads lead: attention over the cache is then a plain batch of matmuls.
+    x_BKSH = jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (0, slots - x_BTKH.shape[1]), (0, 0)))
+    return constrain(x_BKSH, "batch", "kv_heads", None, None)
