@@ -35,7 +35,7 @@ VERBS = {
                  "talk to a trained model in the terminal", takes="run"),
     "report": Verb("jaxllm.report.config:ReportVerb", "jaxllm.report.page:main", "report RUN [RUN ...]",
                    "write one HTML page of curves, samples and settings", takes="runs"),
-    "inspect": Verb("jaxllm.report.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
+    "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
     "doctor": Verb("jaxllm.report.config:DoctorVerb", "jaxllm.doctor:main", "doctor",
                    "say what this machine has, what is missing, and how to mend it", takes="nothing"),

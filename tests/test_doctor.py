@@ -188,7 +188,8 @@ def test_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert item.state == "fail" and "cannot be written" in item.said and item.mend.startswith("chown")
 
 
-def test_self_test_passes_on_every_device(monkeypatch):
+@pytest.mark.slow
+def test_self_test_passes_on_every_device():
     found = list(self_test.self_test())
     assert [(name, state) for name, state, *_ in found] == [
         ("model and mesh", "ok"), ("3 training steps", "ok"), ("checkpoint", "ok"), ("generation", "ok")], found
@@ -215,3 +216,13 @@ def test_self_test_sees_a_checkpoint_that_comes_back_other_than_it_was(monkeypat
     monkeypatch.setattr(Checkpoints, "restore", other)
     state, said = self_test.attempt(lambda made: self_test.checkpoint(made, tmp_path), made)
     assert state == "fail" and "differs from what was saved" in said
+
+
+@pytest.mark.parametrize(("have", "state"), [(None, "note"), ("14.0", "note"), ("15.0", "ok")])
+def test_an_optional_part_is_there_or_names_the_command(monkeypatch, have, state):
+    optional = {"parquet": [Requirement("pyarrow>=15")], "tpu": [Requirement("jax[tpu]")]}
+    monkeypatch.setattr(installed, "extras", lambda: optional)
+    monkeypatch.setattr(installed, "version", lambda name: have)
+    [item] = doctor.extras()
+    assert (item.name, item.state) == ("parquet", state)
+    assert item.mend.endswith("pip install 'pyarrow>=15'") == (state == "note")

@@ -82,8 +82,9 @@ def keep_above(logit_BV, share):
 
 def logprob(logit_BV, token_B):
     """Returns log p[token] under the model itself: temperature 1, nothing filtered or penalised, as in training."""
-    at_B1 = jnp.take_along_axis(logit_BV, token_B[:, None], axis=-1)
-    return (at_B1 - jax.nn.logsumexp(logit_BV, axis=-1, keepdims=True))[:, 0]
+    # A masked sum, not a gather: each device sums its own part of a split vocabulary.
+    at_BV = jnp.arange(logit_BV.shape[1])[None] == token_B[:, None]
+    return jnp.sum(jnp.where(at_BV, logit_BV, 0.0), axis=-1) - jax.nn.logsumexp(logit_BV, axis=-1)
 
 
 def row_keys(seed_B, n):

@@ -10,12 +10,5 @@ class ReportVerb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectVerb:
-    run: str = ""  # the run folder (the word after the verb)
-    step: int | None = None  # checkpoint to look at; null: the newest
-    digest: bool = False  # also a SHA-256 of every array, to compare two runs from outside
-
-
-@dataclass(frozen=True, kw_only=True)
 class DoctorVerb:
     self_test: bool = True  # also train, save, restore and sample a tiny model (about ten seconds)

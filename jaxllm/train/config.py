@@ -114,3 +114,10 @@ class PretrainConfig:
             raise ValueError(f"give one of train.steps and train.tokens, found {self.train.steps} and {self.train.tokens}")
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectVerb:
+    run: str = ""  # the run folder (the word after the verb)
+    step: int | None = None  # checkpoint to look at; null: the newest
+    digest: bool = False  # also a SHA-256 of every array, to compare two runs from outside

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxllm.errors import UserError
 from jaxllm.partition import leaf_name, spec
-from jaxllm.report.config import InspectVerb
 from jaxllm.train.checkpoint import Checkpoints, run_mesh, tell_damaged
+from jaxllm.train.config import InspectVerb
 from jaxllm.train.optim import is_variable, make_optimizer
 from jaxllm.train.pretrain import n_steps
 from jaxllm.train.run_folder import read_config
