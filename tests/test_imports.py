@@ -18,7 +18,8 @@ MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
     "train": BASE | {"partition", "data", "model", "generate", "report"},
     "generate": BASE | {"partition", "data", "model", "train"},
     "self_test": BASE | {"partition", "data", "model", "train", "generate"},
-    "doctor": BASE | {"self_test"},
+    "installed": BASE,
+    "doctor": BASE | {"self_test", "installed"},
     "cli": BASE,
     "__main__": {"cli"},
 }

@@ -113,8 +113,8 @@ ROWS = (  # key, label, how it is written, which end is better
     ("tokens", "tokens", lambda v: count(v), None),
     ("wall_s", "wall time", lambda v: duration(v), None),
     ("tokens_per_s", "tokens/s, median", "{:,.0f}".format, max),
-    ("mfu", "model FLOP utilisation", "{:.1%}".format, max),
-    ("model_tflops_per_s", "model TFLOP/s", "{:.3g}".format, None),
+    ("mfu", "model FLOP utilisation, median", "{:.1%}".format, max),
+    ("model_tflops_per_s", "model FLOP/s, median", lambda v: count(v * 1e12), None),
     ("parameters", "parameters", lambda v: count(v), None),
     ("host_gb", "peak host memory", "{:.2f} GB".format, None),
     ("device_gb", "peak device memory", "{:.2f} GB".format, None),
@@ -122,7 +122,7 @@ ROWS = (  # key, label, how it is written, which end is better
 
 
 def count(value: float) -> str:
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.3g} {letter}"
     return f"{value:g}"

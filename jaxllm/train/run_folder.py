@@ -15,8 +15,10 @@ import yaml
 from jaxllm import config
 from jaxllm.errors import UserError
 from jaxllm.train.config import PretrainConfig
+from jaxllm.train.flops import parameter_count
 
 PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+NOT_SETTINGS = ("versions", "commit", "parameters")  # what config.yaml tells besides
 OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents.jsonl", "samples.jsonl", "report.html",
         "tokenizer.model")
 # What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
@@ -57,14 +59,14 @@ def open_run(cfg: PretrainConfig, resolved: dict) -> list[str]:
     if (folder / "config.yaml").exists():
         before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
         differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
-                  and not k.startswith(("versions.", "commit"))]
+                  and not k.startswith(NOT_SETTINGS)]
         changes = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ]
         blocking = [c for k, c in zip(differ, changes, strict=True) if not k.startswith(MAY_CHANGE)]
         if blocking and (folder / "checkpoints").exists():
             raise UserError(f"{folder} holds a run with other settings ({'; '.join(blocking)}): set them back, give another "
                             "run.dir, or --run.overwrite=true to delete that run")
         changes = [c for k, c in zip(differ, changes, strict=True) if k not in ("run.dir", "run.overwrite")]
-    write_atomically(folder / "config.yaml", config.to_yaml({**resolved, "versions": versions(), "commit": commit()}))
+    write_atomically(folder / "config.yaml", config.to_yaml({**resolved, **facts(cfg)}))
     return changes
 
 
@@ -83,7 +85,7 @@ def read_yaml(folder: pathlib.Path) -> dict:
 def read_config(folder: pathlib.Path) -> PretrainConfig:
     """Returns the resolved settings that a run was started with."""
     read_yaml(folder)  # for its message
-    return config.load(PretrainConfig, str(folder / "config.yaml"), ignore=("versions", "commit"))
+    return config.load(PretrainConfig, str(folder / "config.yaml"), ignore=NOT_SETTINGS)
 
 
 def near_folder(folder: pathlib.Path) -> str:
@@ -91,6 +93,11 @@ def near_folder(folder: pathlib.Path) -> str:
     beside = folder.parent if not folder.exists() else folder
     found = sorted(str(p.parent) for p in beside.glob("*/config.yaml"))[:5] if beside.is_dir() else []
     return f"; run folders there: {', '.join(found)}" if found else ""
+
+
+def facts(cfg: PretrainConfig) -> dict:
+    """Returns what config.yaml tells besides the settings."""
+    return {"versions": versions(), "commit": commit(), "parameters": sum(parameter_count(cfg.model).values())}
 
 
 def versions() -> dict[str, str]:
