@@ -1,14 +1,15 @@
-"""Compiles a training step for a TPU topology on a machine without a TPU, and prints what each device would hold.
+"""Compiles the training step of a config for a TPU topology on a machine without a TPU, and prints what a device would hold.
 
-    python benchmarks/tpu_compile.py --model=1.1b      # 16 layers, width 2048, on 16 v5e chips with fsdp=16
-    python benchmarks/tpu_compile.py --model=demo      # the demo's model on one v5e host (4 chips)
+    python benchmarks/tpu_compile.py configs/pretrain/1b-v5e-16.yaml v5e:4x4
+    python benchmarks/tpu_compile.py configs/pretrain/demo.yaml v5e:2x2 --mesh.fsdp=4
 
 Needs libtpu in the version that jax names: `pip install "jax[tpu]"`, or only libtpu on PYTHONPATH.
 """
 
-import argparse
+import dataclasses
 import json
 import os
+import sys
 import time
 
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost",
@@ -19,38 +20,26 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxllm import config
-from jaxllm.mesh import MeshConfig
-from jaxllm.model.config import ModelConfig
 from jaxllm.partition import batch_sharding, make_mesh
-from jaxllm.train.config import OptimConfig, PretrainConfig, TrainConfig
+from jaxllm.train.config import PretrainConfig
 from jaxllm.train.optim import make_optimizer
+from jaxllm.train.pretrain import n_steps
 from jaxllm.train.state import build
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter")
-TOPOLOGIES = {"v5e:2x2": "v5litepod-4", "v5e:4x4": "v5litepod-16"}
+TOPOLOGIES = {"v5e:2x2": "v5litepod-4", "v5e:2x4": "v5litepod-8", "v5e:4x4": "v5litepod-16"}
 
 
-def one_billion():
-    """The 1.1 B model that MaxText was measured on: 3.38 GB a device."""
-    model = ModelConfig(d_model=2048, n_layers=16, n_heads=16, d_ff=7168, vocab_size=32000, max_seq_len=2048)
-    train = TrainConfig(steps=100, batch_size=64, remat="full", loss_chunk=256)
-    return model, train, 2048, MeshConfig(data=1, fsdp=16), "v5e:4x4"
-
-
-def demo():
-    cfg = config.load(PretrainConfig, "configs/pretrain/demo.yaml", ["model.vocab_size=4096"])
-    return cfg.model, cfg.train, cfg.data.seq_len, MeshConfig(data=1, fsdp=4), "v5e:2x2"
-
-
-def compile_step(model, train, seq_len, mesh_cfg, topology):
+def compile_step(cfg: PretrainConfig, topology: str):
     """Returns (compiled step, seconds, parameters) of the very step that training runs, for a topology's devices."""
+    model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 4096)  # the demo's comes from its tokenizer
     os.environ["TPU_ACCELERATOR_TYPE"] = TOPOLOGIES[topology]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(mesh_cfg, devices)
-    program = build(model, train, make_optimizer(OptimConfig(), 100), mesh)
+    mesh = make_mesh(cfg.mesh, devices)
+    program = build(model, cfg.train, make_optimizer(cfg.optim, n_steps(cfg)), mesh)
     rows = batch_sharding(mesh)
     kinds = {"token_BT": np.int32, "target_BT": np.int32, "pos_BT": np.int32, "doc_BT": np.int32, "weight_BT": np.float32}
-    batch = {k: jax.ShapeDtypeStruct((train.batch_size, seq_len), kind, sharding=rows) for k, kind in kinds.items()}
+    batch = {k: jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len), kind, sharding=rows) for k, kind in kinds.items()}
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = program.train_step.lower(program.abstract, batch).compile()
@@ -69,13 +58,13 @@ def report(compiled, seconds, parameters) -> dict:
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["demo", "1.1b"], default="demo")
-    name = parser.parse_args().model
-    model, train, seq_len, mesh_cfg, topology = {"demo": demo, "1.1b": one_billion}[name]()
-    print(json.dumps({"model": name, "topology": topology, **report(*compile_step(model, train, seq_len, mesh_cfg, topology))}))
+def main(argv):
+    path, topology, *overrides = argv
+    if topology not in TOPOLOGIES:
+        sys.exit(f"topology {topology!r}: should be one of {', '.join(TOPOLOGIES)}")
+    cfg = config.load(PretrainConfig, path, [word.removeprefix("--") for word in overrides])
+    print(json.dumps({"config": path, "topology": topology, **report(*compile_step(cfg, topology))}))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

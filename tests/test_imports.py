@@ -19,7 +19,7 @@ MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
     "generate": BASE | {"partition", "data", "model", "train"},
     "self_test": BASE | {"partition", "data", "model", "train", "generate"},
     "installed": BASE,
-    "doctor": BASE | {"self_test", "installed"},
+    "doctor": BASE | {"self_test", "installed", "report"},
     "cli": BASE,
     "__main__": {"cli"},
 }

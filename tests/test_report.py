@@ -22,7 +22,7 @@ def make_run(folder, steps=60, *, batch=8, lr=1e-3, evals=3, samples=(("Once", "
     """Writes a run folder of `steps` steps; `loss` gives the loss of a step."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        f"run: {{dir: {folder}}}\ntrain: {{steps: {steps}, batch_size: {batch}}}\noptim: {{lr: {lr}}}\ncommit: abc+changes\n")
+        f"run: {{dir: {folder}}}\ntrain: {{steps: {steps}, batch_size: {batch}}}\noptim: {{lr: {lr}}}\ncommit: abc+changes\nparameters: 1234\n")
     lines = []
     for step in range(1, steps + 1):
         now = {"step": step, "tokens": step * batch * 10, "time": 1e9 + step * 2.0}
@@ -217,6 +217,7 @@ def test_summary_of_a_run(tmp_path):
     assert (s["step"], s["steps"], s["tokens"]) == (60, 60, 4800)
     assert s["best_eval_loss"] == s["eval_loss"] == 4.2 and s["best_eval_loss_step"] == 60
     assert s["tokens_per_s"] == 1030.5 and s["host_gb"] == 1.5 and "device_gb" not in s and "mfu" not in s
+    assert s["parameters"] == 1234
     assert s["wall_s"] == pytest.approx(60 * 2)  # without the pause
 
 

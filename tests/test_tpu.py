@@ -12,13 +12,13 @@ import runs
 BESIDE = pathlib.Path(sys.prefix) / "libtpu"  # where launch/local.sh puts it
 
 
-def compile_for_tpu(model: str) -> dict:
+def compile_for_tpu(*words: str) -> dict:
     import importlib.util
 
     if not BESIDE.is_dir() and importlib.util.find_spec("libtpu") is None and "LIBTPU" not in os.environ:
         pytest.skip("no libtpu; launch/local.sh test installs it, or: pip install 'jax[tpu]'")
     where = os.pathsep.join([str(runs.ROOT), os.environ.get("LIBTPU", str(BESIDE))])
-    done = subprocess.run([sys.executable, "benchmarks/tpu_compile.py", f"--model={model}"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "benchmarks/tpu_compile.py", *words], capture_output=True, text=True,
                           check=False, cwd=runs.ROOT, timeout=600, env=os.environ | {"PYTHONPATH": where, "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Involuntary full rematerialization" not in done.stderr
@@ -28,14 +28,14 @@ def compile_for_tpu(model: str) -> dict:
 
 @pytest.mark.slow
 def test_the_demo_compiles_for_one_tpu_host():
-    found = compile_for_tpu("demo")
+    found = compile_for_tpu("configs/pretrain/demo.yaml", "v5e:2x2", "--mesh.fsdp=4", "--mesh.data=1")
     assert found["splash_calls"] >= 3  # forward, and the two kernels of the backward
     assert found["peak_gb"] < 1
 
 
 @pytest.mark.slow
 def test_a_billion_parameters_compile_for_sixteen_chips():
-    found = compile_for_tpu("1.1b")
+    found = compile_for_tpu("configs/pretrain/1b-v5e-16.yaml", "v5e:4x4")
     assert found["splash_calls"] >= 3
     assert found["peak_gb"] < 16  # a v5e's memory
     assert found["arguments_gb"] == pytest.approx(12 * found["parameters"] / 16 / 1e9, rel=0.05)  # split in sixteen

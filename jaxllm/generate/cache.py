@@ -6,6 +6,7 @@ All rows of a batch stand flush at one slot: shorter prompts have padding in fro
 position is its slot less `first_B`, so padding changes neither positions nor distances, and no slot before `first_B` is seen.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from jaxllm.model.heads import LanguageModel
 from jaxllm.model.transformer import unstack
-from jaxllm.partition import constrain
+from jaxllm.partition import constrain, leaf_name
 
 MASKED = -1e30  # not -inf, which would turn a row of masked scores into NaN
 
@@ -26,21 +27,26 @@ class Weights(NamedTuple):
     block_L: list[nnx.State] | None  # each layer's own arrays; None: they are scanned, as in training
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def prepare(graph: nnx.GraphDef, dtype, params: nnx.State) -> Weights:
     """Returns the weights in the compute type; where layers are unrolled, cut apart once instead of at every token."""
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     model = nnx.merge(graph, params)
     if not model.trunk.form.unroll:
         return Weights(params, None)
-    block_L = unstack(nnx.state(model.trunk.blocks_L), model.trunk.n_layers)
-    return Weights(_without_blocks(params), block_L)
+    block_L = unstack(nnx.state(model.trunk.blocks_L, nnx.Param), model.trunk.n_layers)
+    return Weights(_without_blocks(params), [_placed(block) for block in block_L])
 
 
 def _without_blocks(params: nnx.State) -> nnx.State:
     def keep(path, leaf):
-        return jnp.zeros((), leaf.dtype) if any(getattr(k, "key", None) == "blocks_L" for k in path) else leaf
+        return jnp.zeros((), leaf.dtype) if "blocks_L" in leaf_name(path).split(".") else leaf
 
     return jax.tree_util.tree_map_with_path(keep, params)
+
+
+def _placed(block: nnx.State) -> nnx.State:
+    return jax.tree.map(lambda var: var.replace(constrain(var[...], *var.axes)), block, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def read_prompt(model: LanguageModel, block_L, token_BT, first_B, slots: int):
