@@ -110,5 +110,7 @@ def generate(made: dict) -> str:
     from jaxllm.generate.engine import Engine
 
     engine = Engine(made["program"].graph, made["state"].params, made["model"], made["tokenizer"], made["mesh"])
-    text = engine.generate(["In the"], SampleConfig(max_tokens=8, temperature=0.0))[0].text
-    return f"8 tokens: {text!r}"
+    written = engine.generate(["In the"], SampleConfig(max_tokens=8, temperature=0.0))[0]
+    if not written.tokens:
+        raise ValueError("no token was written")
+    return f"{len(written.tokens)} tokens: {written.text!r}"

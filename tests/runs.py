@@ -50,7 +50,7 @@ def start(*words, devices: int = 1, prefix: str = "") -> subprocess.Popen:
     """Starts one jaxllm command in its own process and group; `prefix` is shell that runs first (a limit, say)."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "/tmp/stub_run.py", *map(str, words)]
+    command = [sys.executable, "-m", "jaxllm", *map(str, words)]
     if prefix:
         command = ["sh", "-c", f'{prefix}; exec "$@"', "sh", *command]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

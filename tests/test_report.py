@@ -21,8 +21,8 @@ from jaxllm.report.summary import summary
 def make_run(folder, steps=60, *, batch=8, lr=1e-3, evals=3, samples=(("Once", " upon a time"),), incidents=(), loss=None):
     """Writes a run folder of `steps` steps; `loss` gives the loss of a step."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(
-        f"run: {{dir: {folder}}}\ntrain: {{steps: {steps}, batch_size: {batch}}}\noptim: {{lr: {lr}}}\ncommit: abc+changes\nparameters: 1234\n")
+    config = f"train: {{steps: {steps}, batch_size: {batch}}}\noptim: {{lr: {lr}}}\ncommit: abc+changes\nparameters: 1234\n"
+    (folder / "config.yaml").write_text(f"run: {{dir: {folder}}}\n{config}")
     lines = []
     for step in range(1, steps + 1):
         now = {"step": step, "tokens": step * batch * 10, "time": 1e9 + step * 2.0}
