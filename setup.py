@@ -37,6 +37,7 @@ setup(
         "omegaconf>=2.4",  # Literal and `X | None` fields
         "numpy>=2.0",
         "zstandard>=0.22",  # .jsonl.zst
+        "packaging>=23",  # the doctor compares versions
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",  # the report's plots
     ],

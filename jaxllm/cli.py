@@ -60,6 +60,12 @@ def main(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:  # `jaxllm … | head`
         return 0
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] == "jaxllm":
+            raise
+        print(f"jaxllm: the package {e.name!r} is missing; install what jaxllm needs: {sys.executable} -m pip install jaxllm",
+              file=sys.stderr)
+        return 1
     except Exception:
         traceback.print_exc()
         print("jaxllm: this is a bug in jaxllm, not a mistake of yours; please report the lines above", file=sys.stderr)

@@ -392,14 +392,14 @@ def test_a_document_in_parts_is_the_document(tmp_path, monkeypatch):
 def test_a_long_document_with_a_bad_part_is_dropped_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "BLOCK", 1024)
     (tmp_path / "a.txt").write_text("first", encoding="utf-8")
-    (tmp_path / "b.txt").write_bytes(b"word " * 1000 + b"\xff" + b" word" * 1000)
+    (tmp_path / "b.txt").write_bytes(b"word " * 1000 + b"\xff" + b" word" * 1000 + b"\xff")
     (tmp_path / "c.txt").write_text("last", encoding="utf-8")
     cfg = config(tmp_path, {"a": tmp_path / "*.txt"}, validation=0, invalid_utf8="drop")
     one = prepare(cfg, BYTES, log=quiet).sources[0]
     assert decoded(one.train) == ["first", "last"]
     assert (one.counts.invalid, one.counts.dropped, one.counts.documents) == (1, 1, 2)
     one = prepare(dataclasses.replace(cfg, invalid_utf8="replace"), BYTES, log=quiet).sources[0]
-    assert decoded(one.train) == ["first", "word " * 1000 + "\ufffd" + " word" * 1000, "last"]
+    assert decoded(one.train) == ["first", "word " * 1000 + "\ufffd" + " word" * 1000 + "\ufffd", "last"]
     assert (one.counts.invalid, one.counts.dropped, one.counts.documents) == (1, 0, 3)
 
 

@@ -59,16 +59,23 @@ class StopRequest:
 
 
 class Clock:
-    """Time spent in steps between two log lines, without evaluation, sampling and saving."""
+    """Time of a step between two log lines, without evaluation, sampling, saving, and the first step, which compiles."""
 
     def __init__(self):
-        self.started, self.steps, self.aside = time.perf_counter(), 0, 0.0
+        self.began = self.since = time.perf_counter()
+        self.steps, self.aside, self.compiled = 0, 0.0, False
+
+    def step_done(self) -> None:
+        if self.compiled:
+            self.steps += 1
+        else:
+            self.compiled, self.since, self.aside = True, time.perf_counter(), 0.0
 
     def seconds_per_step(self) -> float:
-        """Returns the mean since the last call, and starts anew."""
+        """Returns the mean since the last call, and starts anew; of the first step alone, all its time."""
         now = time.perf_counter()
-        mean = (now - self.started - self.aside) / max(self.steps, 1)
-        self.started, self.steps, self.aside = now, 0, 0.0
+        mean = (now - self.since - self.aside) / self.steps if self.steps else now - self.began
+        self.since, self.steps, self.aside = now, 0, 0.0
         return mean
 
 
@@ -122,7 +129,7 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
         message = f"step {step}: {why}; {after}"
         run.log.incident(step, "not_finite", message)
         raise RunError(message)
-    clock.steps += 1
+    clock.step_done()
     if step % every and step != run.steps:
         return
     seconds = clock.seconds_per_step()
