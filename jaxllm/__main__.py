@@ -1,8 +1,6 @@
 """`python -m jaxllm VERB …` is the same as `jaxllm VERB …`."""
 
-import sys
-
-from jaxllm.cli import main
+from jaxllm.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    entry_point()

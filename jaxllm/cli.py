@@ -11,6 +11,7 @@ import traceback
 
 from jaxllm import __version__
 from jaxllm.errors import RunError, Stopped, UserError
+from jaxllm.platform import use_huge_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,5 +152,7 @@ def _find(reference: str):
 
 
 def entry_point() -> None:
-    """What the installed `jaxllm` script calls."""
+    """What the installed `jaxllm` script and `python -m jaxllm` call: a command that computes gets huge pages first."""
+    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "generate", "chat"):
+        use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,28 @@
-"""Process-wide settings of jax, made once before its first use."""
+"""Settings of the process and of jax, made once before its first use."""
 
+import os
 import pathlib
+import platform
+import sys
 
 CACHE = pathlib.Path("~/.cache/jaxllm/compiled").expanduser()
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLE = "glibc.malloc.hugetlb"
+
+
+def use_huge_pages() -> None:
+    """Starts this process again, as it was called, with huge pages for malloc, where the C library can.
+
+    XLA on a CPU takes and gives back its buffers at each step, and touching fresh 4 kB pages was the largest single cost of a
+    step after the matmuls (docs/LOG.md). glibc reads the setting only when a process starts. Does nothing elsewhere.
+    """
+    library, version = platform.libc_ver()
+    new_enough = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if not new_enough or TUNABLE in tunables or not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(encoding="ascii"):
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def start_jax(cache: pathlib.Path = CACHE) -> None:
