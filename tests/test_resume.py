@@ -95,7 +95,13 @@ def damage_remove(checkpoint: pathlib.Path):
     shutil.rmtree(checkpoint / "train")
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove])
+def damage_mix(checkpoint: pathlib.Path):
+    """Puts another step's parameters in: every file can be read, only the checksums tell."""
+    shutil.rmtree(checkpoint / "params")
+    shutil.copytree(checkpoint.with_name("20") / "params", checkpoint / "params")
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_mix])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage, never_killed, tmp_path):
     folder, config = never_killed
     copy = tmp_path / "run"
