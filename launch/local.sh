@@ -38,7 +38,10 @@ is_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '
 find_python() {
     if [ -n "$version" ]; then
         for candidate in "python$version" python3 "$HOME/.pyenv/versions/$version"*/bin/python; do
-            if is_version "$candidate" "$version"; then echo "$candidate"; return; fi
+            if is_version "$candidate" "$version"; then
+                is_new_enough "$candidate" || stop "--python=$version: should be 3.11 or newer"
+                echo "$candidate"; return
+            fi
         done
         stop "no Python $version found: tried python$version, python3 and pyenv's versions"
     fi
