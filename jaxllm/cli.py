@@ -30,7 +30,7 @@ VERBS = {
                       "train a SentencePiece tokenizer and report on it"),
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
-    "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.engine:main", "generate RUN --prompt=TEXT",
+    "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.verb:main", "generate RUN --prompt=TEXT",
                      "continue prompts with a trained model", takes="run"),
     "chat": Verb("jaxllm.generate.config:ChatVerb", "jaxllm.generate.chat:main", "chat RUN",
                  "talk to a trained model in the terminal", takes="run"),

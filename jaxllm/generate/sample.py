@@ -43,7 +43,7 @@ def next_token(steps: Steps, numbers: Numbers, logit_BV, key_B, seen_BV=None):
     if steps.penalty:
         logit_BV = penalise(logit_BV, seen_BV, numbers.penalty)
     if steps.greedy:
-        return jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
+        return likeliest(logit_BV)
     logit_BV = logit_BV / numbers.temperature
     if steps.top_k or steps.top_p:
         logit_BV = keep_likeliest(logit_BV, numbers.top_k if steps.top_k else None, numbers.top_p if steps.top_p else None)
@@ -51,7 +51,14 @@ def next_token(steps: Steps, numbers: Numbers, logit_BV, key_B, seen_BV=None):
         logit_BV = keep_above(logit_BV, numbers.min_p)
     # The likeliest after Gumbel noise is a draw from the softmax (Gumbel 1954); each row's noise is its own key's.
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logit_BV.shape[1:], jnp.float32))(key_B)
-    return jnp.argmax(logit_BV + noise_BV, axis=-1).astype(jnp.int32)
+    return likeliest(logit_BV + noise_BV)
+
+
+def likeliest(logit_BV):
+    """Returns the first index of each row's maximum: two plain reductions, which XLA vectorises on a CPU, unlike argmax."""
+    V = logit_BV.shape[1]
+    top_BV = logit_BV == jnp.max(logit_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(top_BV, jnp.arange(V, dtype=jnp.int32)[None], V - 1), axis=-1)
 
 
 def penalise(logit_BV, seen_BV, penalty):

@@ -88,6 +88,14 @@ def read_config(folder: pathlib.Path) -> PretrainConfig:
     return config.load(PretrainConfig, str(folder / "config.yaml"), ignore=NOT_SETTINGS)
 
 
+def tokenizer_of(folder: pathlib.Path):
+    """Returns the tokenizer that a run was trained with, out of its own folder."""
+    from jaxllm.data.tokenizer import load_tokenizer
+
+    own = folder / "tokenizer.model"
+    return load_tokenizer(str(own) if own.exists() else read_config(folder).data.tokenizer)
+
+
 def near_folder(folder: pathlib.Path) -> str:
     """Returns "; runs there: …" with the run folders beside a missing one."""
     beside = folder.parent if not folder.exists() else folder
