@@ -36,7 +36,7 @@ def load(cls, path: str | None = None, overrides: typing.Sequence[str] = (), *, 
             read.pop(key, None)
         merged = _merge(cls, merged, read, where=path)
     for override in overrides:
-        merged = _merge(cls, merged, _read_override(override), where="command line")
+        merged = _merge(cls, merged, _read_override(cls, override), where="command line")
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise UserError(f"{path or 'command line'}: {missing[0]} is missing and has no default")
     try:
@@ -83,14 +83,27 @@ def _read_yaml(path: str) -> DictConfig:
     return loaded
 
 
-def _read_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+def _read_override(cls, override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[\w.-]+", key):
         raise UserError(f"--{override}: should be --dotted.key=value")
+    if _is_text(cls, key) and value != "null":  # as it stands: a prompt may end in a space, a name may look like a number
+        nested: object = value.replace("${", "\\${")  # not an interpolation
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        return OmegaConf.create(nested)
     try:
         return OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"--{override}: {' '.join(str(e).split())}") from None
+
+
+def _is_text(cls, key: str) -> bool:
+    """Returns whether a key holds text, and nothing that YAML would have to tell apart from text."""
+    for name, field in _fields(cls).items():
+        if re.fullmatch(re.escape(name).replace("NAME", r"[\w-]+"), key):
+            return field.type is str or set(typing.get_args(field.type)) == {str, type(None)}
+    return False
 
 
 def _merge(cls, base: DictConfig, extra: DictConfig, where: str) -> DictConfig:

@@ -39,6 +39,15 @@ def test_what_is_saved_loads_as_the_same_settings(pretrain, tmp_path):
     assert config.load(PretrainConfig, str(saved)) == cfg
 
 
+@pytest.mark.parametrize("text", ["the ", " a", "1e5", "yes", "${x}", "a: b", "[1, 2", "a=b", "", "{", "#x"])
+def test_text_is_taken_as_it_stands(text):
+    from jaxllm.generate.config import GenerateVerb
+
+    assert config.load(GenerateVerb, None, [f"prompt={text}"]).prompt == text
+    assert config.load(PretrainConfig, None, ["train.steps=1", f"data.sources.x-1.path={text}"]).data.sources["x-1"].path == text
+    assert config.load(GenerateVerb, None, ["prompt=null"]).prompt is None
+
+
 @pytest.mark.parametrize(("override", "says"), [
     ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
     ("lr=1", "unknown key 'lr'; did you mean 'optim.lr'?"),
