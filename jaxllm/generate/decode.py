@@ -1,7 +1,7 @@
 """The two compiled programs of decoding: `start` reads the prompts, `advance` writes tokens until told to stop.
 
-B row, S slot, D width, V vocabulary. Neither returns to the host between tokens. Slots come in powers of two, so few
-programs are compiled, and attention never reads more than twice the slots that are filled.
+B row, S slot, D width, V vocabulary. Neither returns to the host between tokens. Slots come in few sizes, so few
+programs are compiled, and grow as they are filled, as attention reads all of them.
 """
 
 import dataclasses

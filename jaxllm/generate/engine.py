@@ -84,7 +84,7 @@ class Engine:
         program = decode.Program(self.graph, steps, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
         inputs, T = self._batch(texts, seeds)
         end = T + max(text.limit for text in texts)  # slots that may be needed
-        slots = power_of_two(T + 1, LEAST_SLOTS)
+        slots = slots_for(T + 1)
         rows = decode.start(program, slots, self.weights, numbers, *inputs)
         # Writing nothing compiles the program, so that `seconds` is that of writing.
         rows = decode.advance(program, self.weights, numbers, rows, np.int32(0))
@@ -107,7 +107,7 @@ class Engine:
             if took < 0.1:
                 chunk = min(2 * chunk, CHUNK)
             if slot == slots - 1:
-                slots *= 2
+                slots = slots_for(slots + 1)
                 rows = decode.grow(program, slots, rows)
                 rows = decode.advance(program, self.weights, numbers, rows, np.int32(0))
 
@@ -131,6 +131,13 @@ class Engine:
 
 def partial_row(on_text, i: int):
     return lambda piece: on_text(i, piece)
+
+
+def slots_for(n: int) -> int:
+    """Returns the first of 128, 192, 256, 384, 512, 768, … that is at least `n`: each is one more program to compile, and
+    attention reads all slots, filled or not."""
+    whole = power_of_two(n, LEAST_SLOTS)
+    return whole * 3 // 4 if n <= whole * 3 // 4 and whole > LEAST_SLOTS else whole
 
 
 def power_of_two(n: int, least: int = 1) -> int:
