@@ -20,8 +20,8 @@ import time
 def until_first_step(folder: pathlib.Path, cache: pathlib.Path) -> float:
     """Starts a new run of one step and returns the seconds until its metrics are on disk."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    command = [sys.executable, "-m", "jaxllm", "pretrain", "configs/pretrain/d384.yaml", f"--run.dir={folder}/run", "--train.steps=3",
-               "--checkpoint.every=3", "--log.tensorboard=false"]
+    command = [sys.executable, "-m", "jaxllm", "pretrain", "configs/pretrain/d384.yaml", f"--run.dir={folder}/run",
+               "--train.steps=3", "--checkpoint.every=3", "--log.tensorboard=false"]
     metrics, began = folder / "run" / "metrics.jsonl", time.perf_counter()
     with (folder / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}, stdout=log, stderr=log)

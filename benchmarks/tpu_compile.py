@@ -39,7 +39,8 @@ def compile_step(cfg: PretrainConfig, topology: str):
     program = build(model, cfg.train, make_optimizer(cfg.optim, n_steps(cfg)), mesh)
     rows = batch_sharding(mesh)
     kinds = {"token_BT": np.int32, "target_BT": np.int32, "pos_BT": np.int32, "doc_BT": np.int32, "weight_BT": np.float32}
-    batch = {k: jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len), kind, sharding=rows) for k, kind in kinds.items()}
+    shape = cfg.train.batch_size, cfg.data.seq_len
+    batch = {k: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for k, kind in kinds.items()}
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = program.train_step.lower(program.abstract, batch).compile()

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = {"errors", "config", "mesh", "hardware", "platform", "__init__"}
 MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
-    **{name: BASE for name in BASE},
+    **dict.fromkeys(BASE, BASE),
     "partition": BASE,
     "data": BASE,
     "model": BASE | {"partition"},
