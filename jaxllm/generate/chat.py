@@ -1,5 +1,6 @@
 """`jaxllm chat RUN`: talk to a trained model in the terminal. A base model goes on with the text so far."""
 
+import contextlib
 import dataclasses
 import sys
 
@@ -56,10 +57,8 @@ def answer(engine, text: str, sample) -> str:
 
     ids = engine.tokenizer.encode(text)
     room = engine.cfg.max_seq_len - 1 - min(sample.max_tokens, engine.cfg.max_seq_len // 2)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         engine.generate([[engine.tokenizer.bos_id, *ids[-room:]]], sample, on_text=show)
-    except KeyboardInterrupt:
-        pass
     return "".join(shown)
 
 
