@@ -24,7 +24,8 @@ def reference(q_BTNH, k_BTKH, v_BTKH, doc_BT=None, window=None):
 
 def inputs(T, N, K, B=2, H=8, dtype=jnp.float32):
     shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
-    return [jax.random.normal(key, s, dtype) for key, s in zip(jax.random.split(jax.random.key(T), 4), shapes, strict=True)]
+    keys = jax.random.split(jax.random.key(T), 4)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def documents(T, B=2):

@@ -11,10 +11,13 @@ from flax import nnx
 
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.generate import sample
+from jaxllm.generate import cache, sample
+from jaxllm.generate import engine as engine_module
 from jaxllm.generate.config import SampleConfig
 from jaxllm.generate.engine import Engine
 from jaxllm.generate.text import Text
+from jaxllm.model.formulation import REFERENCE
+from jaxllm.model.heads import LanguageModel
 from jaxllm.train.loss import token_logps
 
 BYTES = load_tokenizer("bytes")
@@ -191,3 +194,72 @@ def test_half_a_character_is_not_shown():
     for token in BYTES.encode("é€"):
         text.add([token])
     assert shown == ["é", "€"]
+
+
+def test_a_text_goes_on_inside_the_prompts_last_character():
+    first, *rest = BYTES.encode("€a")
+    text = Text(BYTES, [BYTES.bos_id, first], 50, [])
+    text.add(rest)
+    assert text.text == "€a"
+
+
+def test_a_character_that_the_limit_cuts_is_shown_as_such():
+    shown = []
+    text = Text(BYTES, [BYTES.bos_id], 2, [], shown.append)
+    for token in BYTES.encode("a€")[:2]:
+        text.add([token])
+    assert "".join(shown) == text.text == "a\ufffd" and text.finish == "length"
+
+
+@pytest.mark.parametrize("change", [{}, {"n_kv_heads": 1, "window": 6}], ids=["plain", "one kv head, window"])
+def test_scanned_layers_and_growing_caches_write_the_same(change, monkeypatch):
+    model = dataclasses.replace(MODEL, **change)
+    prog, params, engine = make(model)
+    cfg = SampleConfig(max_tokens=60, temperature=0)
+    want = engine.generate(PROMPTS, cfg, logprobs=True)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, REFERENCE, rngs=nnx.Rngs(0))))
+    monkeypatch.setattr(engine_module, "LEAST_SLOTS", 16)  # 32, 48, 64, 96 slots instead of 128
+    found = Engine(graph, params, model, BYTES, prog.mesh).generate(PROMPTS, cfg, logprobs=True)
+    for a, b in zip(want, found, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_the_end_of_text_ends_its_row_alone(made):
+    prog, params, engine = made
+    cfg = SampleConfig(max_tokens=30, temperature=1.0)
+    plain = engine.generate(PROMPTS, cfg, range(4))
+    ends = load_tokenizer("bytes")
+    ends.eos_id = plain[0].tokens[5]
+    for before, after in zip(plain, Engine(prog.graph, params, MODEL, ends, prog.mesh).generate(PROMPTS, cfg, range(4)), strict=True):
+        if ends.eos_id in before.tokens:
+            at = before.tokens.index(ends.eos_id) + 1
+            assert (after.tokens, after.finish) == (before.tokens[:at], "eos")
+        else:
+            assert after.tokens[: len(before.tokens)] == before.tokens
+
+
+def test_the_penalty_counts_prompt_and_text_but_no_padding(made):
+    prompts = [[BYTES.bos_id, *range(3, 60)], [BYTES.bos_id]]
+    written = made[2].generate(prompts, SampleConfig(max_tokens=40, temperature=0, repetition_penalty=1e6))
+    for prompt, one in zip(prompts, written, strict=True):
+        assert len(set(one.tokens)) == len(one.tokens) and not set(one.tokens) & set(prompt)
+    few = load_tokenizer("bytes")
+    few.vocab_size, few.eos_id = 4, -1  # <pad> is drawn too
+    prog, params, _ = made
+    engine = Engine(prog.graph, params, MODEL, few, prog.mesh)
+    cfg = SampleConfig(max_tokens=4, temperature=2.0, repetition_penalty=5.0)
+    filled = [[1] * 16] * 16
+    flush = [c.tokens for c in engine.generate(filled, cfg, range(16))]
+    assert [c.tokens for c in engine.generate([*filled, [1] * 40], cfg, range(17))][:16] == flush
+
+
+def test_one_program_serves_many_lengths_and_settings(made, monkeypatch):
+    traced = []
+    for name in ("read_prompt", "read_token"):
+        original = getattr(cache, name)
+        monkeypatch.setattr(cache, name, lambda *a, name=name, original=original: traced.append(name) or original(*a))
+    for n_prompts, letters, temperature in ((3, 1, 0.5), (4, 9, 0.7), (3, 14, 1.1)):
+        cfg = SampleConfig(max_tokens=n_prompts, temperature=temperature, min_p=temperature / 10)
+        made[2].generate(["x" * letters] * n_prompts, cfg, range(n_prompts))
+    assert traced == ["read_prompt", "read_token"]

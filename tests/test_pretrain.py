@@ -64,6 +64,26 @@ def test_bits_per_byte_of_a_byte_model_is_the_loss_in_bits(done):
     assert bits < line["eval_bits_per_byte"] < bits * 1.1
 
 
+def test_tensorboard_files_hold_every_number_and_sample(done):
+    """Read back by the format: records of length, checksum, message, checksum."""
+    import struct
+
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in (done[0] / "tensorboard").iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack("<Q", data[at : at + 8])
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += length + 16
+            found |= {(value.tag, event.step): value for value in event.summary.value}
+    for line in runs.lines(done[0] / "metrics.jsonl"):
+        for name in line.keys() - {"step", "time"}:
+            assert found[name, line["step"]].simple_value == pytest.approx(line[name], rel=1e-6)
+    assert any(tag.startswith("sample") for tag, _ in found)
+
+
 def test_a_changed_key_that_may_not_change_is_named_and_nothing_is_touched(done, capsys):
     folder, config = done
     before = (folder / "config.yaml").read_bytes(), sorted(p.name for p in folder.rglob("*"))

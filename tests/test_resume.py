@@ -147,6 +147,17 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(tmp_path):
     assert "goes on from step 4" in text
 
 
+@pytest.mark.parametrize("board", ["true", "false"])
+def test_a_full_disk_while_logging_stops_the_run_and_does_not_hang(tmp_path, board):
+    config = runs.config(tmp_path, log={"every": 1}, checkpoint={"every": 100_000})
+    code, text = go_on(config, tmp_path / "first", steps=1)  # tokenises
+    assert code == 0, text
+    code, text = runs.finish(runs.start("pretrain", config, "--train.steps=100000", "--train.eval_every=0",
+                                        f"--log.tensorboard={board}", prefix="ulimit -f 24"))
+    assert code == 1, text
+    assert "cannot be written: File too large" in text and "Traceback" not in text, text[-2000:]
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     config = runs.config(tmp_path, train={"steps": 100_000})
     process = runs.start("pretrain", config)

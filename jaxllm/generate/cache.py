@@ -6,6 +6,7 @@ All rows of a batch stand flush at one slot: shorter prompts have padding in fro
 position is its slot less `first_B`, so padding changes neither positions nor distances, and no slot before `first_B` is seen.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ def _without_blocks(params: nnx.State) -> nnx.State:
 
 
 def _placed(block: nnx.State) -> nnx.State:
-    return jax.tree.map(lambda var: var.replace(constrain(var[...], *var.axes)), block, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(lambda var: var.replace(constrain(var[...], *var.axes)), block,
+                        is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def read_prompt(model: LanguageModel, block_L, token_BT, first_B, slots: int):
@@ -69,7 +71,7 @@ def read_token(model: LanguageModel, block_L, token_B, slot, first_B, cache_L):
 
     def attend(q_B1NH, k_B1KH, v_B1KH, cache):
         k_BKSH, v_BKSH = (
-            jax.lax.dynamic_update_slice_in_dim(old_BKSH, new_B1KH.swapaxes(1, 2), slot, axis=2)
+            jax.lax.dynamic_update_slice_in_dim(old_BKSH, _rows_and_heads(new_B1KH), slot, axis=old_BKSH.ndim - 2)
             for old_BKSH, new_B1KH in zip(cache, (k_B1KH, v_B1KH), strict=True)
         )
         return attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, first_B, model.window), (k_BKSH, v_BKSH)
@@ -81,16 +83,17 @@ def read_token(model: LanguageModel, block_L, token_B, slot, first_B, cache_L):
 def attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, first_B, window: int | None):
     """Attends from the token in `slot` to the slots of its row, up to its own and at most `window` of them."""
     B, _, N, H = q_B1NH.shape
-    K, S = k_BKSH.shape[1:3]
+    *BK, S, _ = k_BKSH.shape  # [B, K], or [B * K]
+    G = B * N // math.prod(BK)
     slot_S = jnp.arange(S, dtype=jnp.int32)
     seen_BS = (slot_S[None] <= slot) & (slot_S[None] >= first_B[:, None])
     if window is not None:
         seen_BS &= slot_S[None] > slot - window
-    q_BKGH = q_B1NH.reshape(B, K, N // K, H) * H**-0.5
-    score_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, MASKED)
-    share_BKGS = jax.nn.softmax(score_BKGS, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", share_BKGS, v_BKSH).reshape(B, 1, N, H)
+    seen_BKGS = jnp.broadcast_to(seen_BS[:, None], (B, N // G, S)).reshape(*BK, 1, S)
+    q_BKGH = q_B1NH.reshape(*BK, G, H) * H**-0.5
+    score_BKGS = jnp.einsum("...GH,...SH->...GS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    share_BKGS = jax.nn.softmax(jnp.where(seen_BKGS, score_BKGS, MASKED), axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("...GS,...SH->...GH", share_BKGS, v_BKSH).reshape(B, 1, N, H)
 
 
 def grow(cache_L, slots: int):
@@ -113,6 +116,19 @@ def _layers(model, block_L, x_BTD, pos_BT, attend, cache_L):
 
 
 def _slots(x_BTKH, slots: int):
-    # Heads lead: attention over the cache is then a plain batch of matmuls.
-    x_BKSH = jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (0, slots - x_BTKH.shape[1]), (0, 0)))
-    return constrain(x_BKSH, "batch", "kv_heads", None, None)
+    """Returns a prompt's keys or values with room for `slots` of them, placed by row and head."""
+    x_BKTH = _rows_and_heads(x_BTKH)
+    x_BKSH = jnp.pad(x_BKTH, [(0, 0)] * (x_BKTH.ndim - 2) + [(0, slots - x_BTKH.shape[1]), (0, 0)])
+    return constrain(x_BKSH, "batch", "kv_heads", None, None) if x_BKSH.ndim == 4 else x_BKSH
+
+
+def _rows_and_heads(x_BTKH):
+    """Returns x_BKTH, so that attention is a plain batch of matmuls.
+
+    On one device rows and heads are one axis: XLA's CPU back end copies the caches at every token where they have an axis
+    of size 1, as they would for one row. On a mesh they stay apart, since each may be split.
+    """
+    x_BKTH = x_BTKH.swapaxes(1, 2)
+    if any(size > 1 for size in jax.sharding.get_abstract_mesh().shape.values()):
+        return x_BKTH
+    return x_BKTH.reshape(-1, *x_BKTH.shape[2:])

@@ -91,8 +91,9 @@ class Engine:
         slot, chunk, seen = T, 1, T
         while True:
             until = min(end, slots) - 1
+            until = min(until, slot + chunk - 1) if look else until
             began = time.perf_counter()
-            rows = decode.advance(program, self.weights, numbers, rows, np.int32(min(until, slot + chunk - 1) if look else until))
+            rows = decode.advance(program, self.weights, numbers, rows, np.int32(until))
             slot, done_B, token_BS = self._read(rows.slot, rows.done_B, rows.token_BS)
             took = time.perf_counter() - began
             self.seconds += took

@@ -1,5 +1,6 @@
 """What a run writes while it goes: metrics.jsonl, incidents.jsonl, samples.jsonl, TensorBoard, the progress display."""
 
+import contextlib
 import json
 import pathlib
 import resource
@@ -8,6 +9,7 @@ import time
 
 import jax
 
+from jaxllm.errors import RunError
 from jaxllm.train.run_folder import drop_lines_after
 
 
@@ -15,22 +17,23 @@ class RunLog:
     """Appends to the run folder's logs and shows progress. Lines are flushed at once, so a kill loses none."""
 
     def __init__(self, folder: pathlib.Path, *, steps: int, start: int, tensorboard: bool):
-        self.folder, self.steps, self.start = folder, steps, start
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            drop_lines_after(folder / name, start)
-        self.board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.folder, self.steps, self.board = folder, steps, None
         self.terminal = sys.stderr.isatty()
+        with written(folder):
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                drop_lines_after(folder / name, start)
+            if tensorboard:
+                from jaxllm.train.tensorboard import Board
+
+                self.board = Board(folder / "tensorboard", start)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):  # what it could not write was told when it could not
+                self.board.close()
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line."""
@@ -39,20 +42,21 @@ class RunLog:
     def metrics(self, line: dict) -> None:
         self._append("metrics.jsonl", line)
         if self.board is not None:
-            for name, value in line.items():
-                if name not in ("step", "time"):
-                    self.board.add_scalar(name, value, line["step"])
+            with written(self.folder / "tensorboard"):
+                self.board.scalars(line["step"], {k: v for k, v in line.items() if k not in ("step", "time")})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
         shown = " ".join(f"{prompt}{text}".split())
         self.say(f"  sample at step {step}: {shown[:160]}")
         if self.board is not None:
-            self.board.add_text("sample", f"{prompt}{text}", step)
+            with written(self.folder / "tensorboard"):
+                self.board.text(step, "sample", f"{prompt}{text}")
 
     def incident(self, step: int, kind: str, message: str) -> None:
-        self._append("incidents.jsonl", {"time": time.time(), "step": step, "kind": kind, "message": message})
         self.say(f"! {message}")
+        with contextlib.suppress(RunError):  # an incident is often told while the run ends for another reason
+            self._append("incidents.jsonl", {"time": time.time(), "step": step, "kind": kind, "message": message})
 
     def progress(self, line: dict, seconds_left: float) -> None:
         parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}",
@@ -69,8 +73,18 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def _append(self, name: str, line: dict) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as f:
+        with written(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def written(path: pathlib.Path):
+    """Turns a failed write into the run's end, told in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise RunError(f"{path}: cannot be written: {e.strerror or e}; what was saved before is complete. Mend it and run the "
+                       "same command again") from e
 
 
 def memory() -> dict[str, float]:
