@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import gzip
+import itertools
 import json
 import os
 import pathlib
@@ -180,6 +181,29 @@ def test_messages_about_files(tmp_path):
     with pytest.raises(UserError, match="at least one source with a weight above 0"):
         prepare(config(tmp_path, {"a": Source(path="a", weight=0)}), BYTES, log=quiet)
     assert list((tmp_path / "cache" / "tokens").glob("*.tmp")) == []
+
+
+def test_lines_are_counted_through_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "BLOCK", 1000)
+    path = write_lines(tmp_path / "a.jsonl", texts_of(300))
+    path.write_bytes(path.read_bytes() + b"oh\n")
+    with pytest.raises(UserError, match=r"a.jsonl:301: not a JSON object"):
+        found(path)
+
+
+def test_archives_of_several_parts(tmp_path):
+    texts = texts_of(30)
+    for suffix in ("gz", "zst"):
+        parts = [write_lines(tmp_path / f"{i}.jsonl.{suffix}", texts[i : i + 10]).read_bytes() for i in (0, 10, 20)]
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(b"".join(parts))
+        assert found(tmp_path / f"a.jsonl.{suffix}") == texts
+
+
+def test_a_long_text_is_cut_before_words():
+    text = "one  two   " * 50 + "x" * 30
+    pieces = list(read.words_within(text, 16))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 16
+    assert all(b[0] == " " and a[-1] != " " for a, b in itertools.pairwise(pieces[:-2]))
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):

@@ -53,7 +53,8 @@ def start(program: Program, slots: int, weights: cache.Weights, numbers, token_B
     seen_BV = jnp.zeros((B, 0), bool)
     if program.steps.penalty:
         real_BT = jnp.arange(T)[None] >= first_B[:, None]
-        seen_BV = _mark(jnp.zeros((B, model.head_DV().shape[1]), bool), token_BT, real_BT)
+        row_B1 = jnp.arange(B)[:, None]
+        seen_BV = jnp.zeros((B, model.head_DV().shape[1]), bool).at[row_B1, token_BT].max(real_BT)
     rows = Rows(
         slot=jnp.int32(T - 1), token_BS=jnp.pad(token_BT, ((0, 0), (0, slots - T)), constant_values=program.pad_id),
         logp_BS=jnp.zeros((B, slots if program.steps.logprobs else 0), jnp.float32), seen_BV=seen_BV,
@@ -104,14 +105,10 @@ def _write(program: Program, model, numbers, rows: Rows, x_BD) -> Rows:
     if program.steps.logprobs:
         changed["logp_BS"] = _put(rows.logp_BS, sample.logprob(logit_BV, token_B), slot)
     if program.steps.penalty:
-        changed["seen_BV"] = _mark(rows.seen_BV, token_B[:, None], ~rows.done_B[:, None])
+        # a comparison, not a scatter, which XLA's CPU back end does on a copy
+        changed["seen_BV"] = rows.seen_BV | (jnp.arange(logit_BV.shape[1])[None] == token_B[:, None])
     return dataclasses.replace(rows, **changed)
 
 
 def _put(x_BS, x_B, slot):
     return jax.lax.dynamic_update_slice_in_dim(x_BS, x_B[:, None], slot, axis=1)
-
-
-def _mark(seen_BV, token_BT, real_BT):
-    row_B1 = jnp.arange(token_BT.shape[0])[:, None]
-    return seen_BV.at[row_B1, token_BT].max(real_BT)

@@ -45,8 +45,10 @@ def next_token(steps: Steps, numbers: Numbers, logit_BV, key_B, seen_BV=None):
     if steps.greedy:
         return likeliest(logit_BV)
     logit_BV = logit_BV / numbers.temperature
-    if steps.top_k or steps.top_p:
-        logit_BV = keep_likeliest(logit_BV, numbers.top_k if steps.top_k else None, numbers.top_p if steps.top_p else None)
+    if steps.top_k:
+        logit_BV = keep_likeliest(logit_BV, jnp.ones_like(logit_BV), numbers.top_k.astype(jnp.float32))
+    if steps.top_p:  # the nucleus (Holtzman et al. 2020)
+        logit_BV = keep_likeliest(logit_BV, jax.nn.softmax(logit_BV, axis=-1), numbers.top_p)
     if steps.min_p:
         logit_BV = keep_above(logit_BV, numbers.min_p)
     # The likeliest after Gumbel noise is a draw from the softmax (Gumbel 1954); each row's noise is its own key's.
@@ -66,19 +68,26 @@ def penalise(logit_BV, seen_BV, penalty):
     return jnp.where(seen_BV, jnp.where(logit_BV > 0, logit_BV / penalty, logit_BV * penalty), logit_BV)
 
 
-def keep_likeliest(logit_BV, k=None, p=None):
-    """Keeps the `k` likeliest tokens, and of these the likeliest whose probabilities first sum to `p` (Holtzman et al.
-    2020). Tokens as likely as the last one kept are kept too, so the order of the vocabulary does not matter."""
-    sorted_BV = -jnp.sort(-logit_BV, axis=-1)
-    if k is not None:
-        rank_V = jnp.arange(logit_BV.shape[-1])
-        sorted_BV = jnp.where(rank_V[None] < k, sorted_BV, OUT)
-    if p is not None:
-        share_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-        sorted_BV = jnp.where(before_BV < p, sorted_BV, OUT)
-    least_B1 = jnp.min(jnp.where(sorted_BV > OUT, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logit_BV >= least_B1, logit_BV, OUT)
+def keep_likeliest(logit_BV, weight_BV, need):
+    """Keeps the likeliest tokens whose weights first sum to `need`, and those as likely as the last one of these.
+
+    The least logit kept is found by halving the range of floats 32 times, exactly: XLA's sort is up to 50 times slower on
+    a CPU.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logit_BV, jnp.int32)
+    rank_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # in the order of the floats
+
+    def halve(_, bounds):
+        enough_B1, short_B1 = bounds
+        middle_B1 = (enough_B1 & short_B1) + ((enough_B1 ^ short_B1) >> 1)  # the mean, without overflow
+        sum_B1 = jnp.sum(jnp.where(rank_BV >= middle_B1, weight_BV, 0.0), axis=-1, keepdims=True)
+        ok_B1 = sum_B1 >= need
+        return jnp.where(ok_B1, middle_B1, enough_B1), jnp.where(ok_B1, short_B1, middle_B1)
+
+    limits = jnp.iinfo(jnp.int32)
+    bounds = (jnp.full((logit_BV.shape[0], 1), limits.min), jnp.full((logit_BV.shape[0], 1), limits.max))
+    least_B1, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jnp.where(rank_BV >= least_B1, logit_BV, OUT)
 
 
 def keep_above(logit_BV, share):
