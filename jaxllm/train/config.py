@@ -15,6 +15,10 @@ class RunConfig:
     seed: int = 0  # of the weights, the order of rows, dropout and samples
     overwrite: bool = False  # delete what is in `dir` and start anew
 
+    def __post_init__(self):
+        if self.seed < 0 or not self.dir:
+            raise ValueError(f"run.seed={self.seed}, run.dir={self.dir!r}: should be 0 or more, and a folder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -86,6 +90,8 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every={self.every}, checkpoint.keep={self.keep}: should be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"checkpoint.keep_every={self.keep_every}: should be at least 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line."""
-        print(f"\r\033[K{text}" if self.terminal else text, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `2>&1 | head` ends the display, not the run
+            print(f"\r\033[K{text}" if self.terminal else text, file=sys.stderr, flush=True)
 
     def metrics(self, line: dict) -> None:
         self._append("metrics.jsonl", line)
@@ -67,10 +68,11 @@ class RunLog:
             parts.append(f"MFU {line['mfu']:.1%}")
         parts.append(f"ETA {clock(seconds_left)}")
         text = "  ".join(parts)
-        if self.terminal:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            if self.terminal:
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def _append(self, name: str, line: dict) -> None:
         with written(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as f:

@@ -19,6 +19,7 @@ from jaxllm.partition import batch_sharding
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import LogConfig, TrainConfig
 from jaxllm.train.log import RunLog, memory
+from jaxllm.train.optim import finite_leaves
 from jaxllm.train.stability import leaf_names, not_finite
 from jaxllm.train.state import Program, TrainState
 
@@ -94,9 +95,9 @@ def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every
             if step < run.steps:
                 batch = _put(next(batches), rows)  # while the step runs
             stopping = stop.name  # read once: a signal that comes while this step is saved is the next step's
-            last = step == run.steps or stopping is not None
-            due = {"eval": _due(step, train_cfg.eval_every, last), "sample": _due(step, train_cfg.sample_every, last),
-                   "save": last or step % checkpoint_every == 0}
+            finished = step == run.steps
+            due = {"eval": _due(step, train_cfg.eval_every, finished), "sample": _due(step, train_cfg.sample_every, finished),
+                   "save": finished or stopping is not None or step % checkpoint_every == 0}
             if any(due.values()):
                 _read(run, pending, names, log_cfg.every, clock)
                 pending = None
@@ -159,8 +160,22 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
         for prompt, text in run.sample(state.params, step):
             run.log.sample(step, prompt, text)
     if due["save"]:
+        _refuse_not_finite(run, step, state)
         run.checkpoints.save(step, state, {"step": step})
     clock.aside += time.perf_counter() - began
+
+
+_finite = jax.jit(finite_leaves)
+
+
+def _refuse_not_finite(run: Run, step: int, state: TrainState) -> None:
+    """Stops the run when the update of a step left a parameter that is not finite: it must not become a checkpoint."""
+    finite = np.asarray(_finite(state.params))
+    if not finite.all():
+        name = leaf_names(run.program.abstract.params)[int(np.argmin(finite))]
+        message = f"step {step}: not finite after its update: parameter {name}; not saved"
+        run.log.incident(step, "not_finite", message)
+        raise RunError(message)
 
 
 def evaluate(program: Program, held_out, params) -> dict:

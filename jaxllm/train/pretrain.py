@@ -3,14 +3,13 @@
 import dataclasses
 import math
 import pathlib
-import shutil
 import sys
 import time
 
 from jaxllm import config
 from jaxllm.errors import UserError
 from jaxllm.train.config import PretrainConfig
-from jaxllm.train.run_folder import claimed, last_checkpoint, open_run
+from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
 
 def main(cfg: PretrainConfig) -> dict:
@@ -27,11 +26,9 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     cfg = resolve(cfg, tokenizer)
-    changes = open_run(cfg, config.to_dict(cfg))
-    if cfg.data.tokenizer != "bytes":
-        shutil.copyfile(cfg.data.tokenizer, folder / "tokenizer.model")  # the run folder is whole without the original
+    changes = changes_of(cfg, config.to_dict(cfg))
     steps = n_steps(cfg)
-    if (done := last_checkpoint(folder)) >= steps:
+    if not cfg.run.overwrite and (done := last_checkpoint(folder)) >= steps:
         print(f"{folder}: finished: step {done} of {steps}; raise train.steps to go on", file=sys.stderr)
         return {"run": str(folder), "step": done, "finished": True}
 
@@ -53,7 +50,8 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True))
     where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, **where)
-    held_out = ValidationInput(stores, cfg.data, cfg.train.batch_size, cfg.train.eval_rows)
+    held_out = ValidationInput(stores, cfg.data, cfg.train.batch_size, cfg.train.eval_rows, **where)
+    begin(cfg, config.to_dict(cfg))
 
     with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints:
         state, start, incidents = _restore_or_init(program, checkpoints)

@@ -45,29 +45,40 @@ def claimed(folder: pathlib.Path):
         yield
 
 
-def open_run(cfg: PretrainConfig, resolved: dict) -> list[str]:
-    """Writes config.yaml, or compares it with the one there; returns what changed since the last start, as text.
+def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
+    """Returns what differs from the settings that the folder's run was started with, as text; touches nothing.
 
-    Raises UserError that names the keys when one that may not change has changed.
+    Raises UserError that names the keys when one that may not change has changed, or the tokenizer's content has.
+    """
+    folder = pathlib.Path(cfg.run.dir)
+    if cfg.run.overwrite or not (folder / "config.yaml").exists():
+        return []
+    before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
+    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(NOT_SETTINGS)]
+    changes = {k: f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ}
+    blocking = [c for k, c in changes.items() if not k.startswith(MAY_CHANGE)]
+    own, given = folder / "tokenizer.model", pathlib.Path(cfg.data.tokenizer)
+    if own.exists() and given.is_file() and own.read_bytes() != given.read_bytes():
+        blocking.append(f"the content of {given} is not that of {own}")
+    if blocking and (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(blocking)}): set them back, give another "
+                        "run.dir, or --run.overwrite=true to delete that run")
+    return [c for k, c in changes.items() if k not in ("run.dir", "run.overwrite")]
+
+
+def begin(cfg: PretrainConfig, resolved: dict) -> None:
+    """Writes the settings and the tokenizer into the folder, whose earlier run goes first if that was asked for.
+
+    Called when all that can be checked has been: a mistake in the settings must not cost the earlier run.
     """
     folder = pathlib.Path(cfg.run.dir)
     if cfg.run.overwrite:
         for name in OURS:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    changes = []
-    if (folder / "config.yaml").exists():
-        before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
-        differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
-                  and not k.startswith(NOT_SETTINGS)]
-        changes = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ]
-        blocking = [c for k, c in zip(differ, changes, strict=True) if not k.startswith(MAY_CHANGE)]
-        if blocking and (folder / "checkpoints").exists():
-            raise UserError(f"{folder} holds a run with other settings ({'; '.join(blocking)}): set them back, give another "
-                            "run.dir, or --run.overwrite=true to delete that run")
-        changes = [c for k, c in zip(differ, changes, strict=True) if k not in ("run.dir", "run.overwrite")]
     write_atomically(folder / "config.yaml", config.to_yaml({**resolved, **facts(cfg)}))
-    return changes
+    if cfg.data.tokenizer != "bytes":  # the run folder is whole without the original
+        shutil.copyfile(cfg.data.tokenizer, folder / "tokenizer.model")
 
 
 def last_checkpoint(folder: pathlib.Path) -> int:
@@ -143,7 +154,8 @@ def drop_lines_after(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # by "\n" alone: a sample may hold U+2028, which splitlines() would cut at
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line + "\n")
