@@ -23,7 +23,7 @@ from jaxllm.errors import UserError
 
 BLOCK = 1 << 20  # bytes of text that are handled at once
 MAX_LINE = 1 << 28  # bytes of a JSON line, which cannot be read in parts
-FORMATS = (".txt", ".md", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+FORMATS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # least queries a time: fewer waste less work above the diagonal, more keep the matmuls large
+BLOCK = 128  # least queries a time: fewer waste less work above the diagonal, more keep the matmuls large
 BLOCKS = 16  # most blocks of a sequence: each is a piece of program to compile
 MASKED = -1e30  # not -inf, which would turn a row of masked scores into NaN
 
