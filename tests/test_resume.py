@@ -73,6 +73,16 @@ def test_stopped_on_request_saves_and_goes_on(never_killed, tmp_path):
     assert runs.digest(stopped) == runs.digest(straight)
 
 
+def test_a_stopped_run_that_overwrote_says_not_to_overwrite_again(tmp_path):
+    config, run = runs.config(tmp_path), tmp_path / "run"
+    process = runs.start("pretrain", config, "--run.overwrite=true", "--checkpoint.every=1000000", "--train.steps=1000000")
+    runs.wait_for(lambda: (run / "metrics.jsonl").exists() and len(runs.lines(run / "metrics.jsonl")) > 2)
+    os.kill(process.pid, signal.SIGTERM)
+    code, text = runs.finish(process)
+    assert code == 75, text
+    assert "without run.overwrite=true, which would delete it" in text
+
+
 def test_a_finished_run_says_so_and_does_nothing(never_killed):
     folder, config = never_killed
     before = {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")}

@@ -7,7 +7,7 @@ import sys
 import time
 
 from jaxllm import config
-from jaxllm.errors import UserError
+from jaxllm.errors import Stopped, UserError
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
@@ -17,8 +17,14 @@ def main(cfg: PretrainConfig) -> dict:
     folder = pathlib.Path(cfg.run.dir)
     if not cfg.data.sources:
         raise UserError("data.sources is empty: give at least one, e.g. --data.sources.books.path=books/")
-    with claimed(folder):
-        return _run(cfg, folder)
+    try:
+        with claimed(folder):
+            return _run(cfg, folder)
+    except Stopped as e:
+        if not cfg.run.overwrite:
+            raise
+        # the same command would delete what was just saved
+        raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
 
 
 def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
