@@ -30,7 +30,7 @@ def make_stores(folder: pathlib.Path, n_sources: int, n_tokens: int) -> Stores:
             writer.documents("train", pick.integers(16, VOCAB, lengths.sum()), lengths, 4 * lengths)
             writer.finish({})
         _, opened = open_stores(folder / f"source{i}")
-        sources.append(SourceStores(f"source{i}", 1.0 + i, Counts(), opened["train"], opened["validation"]))
+        sources.append(SourceStores(f"source{i}", f"key{i}", 1.0 + i, Counts(), opened["train"], opened["validation"]))
     return Stores(sources, np.full(VOCAB, 4, np.int32), 0)
 
 

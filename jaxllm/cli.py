@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from jaxllm import __version__
-from jaxllm.errors import RunError, Stopped, UserError
+from jaxllm.errors import RunError, Stopped, UserError, writing
 from jaxllm.platform import use_huge_pages
 
 
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] == "jaxllm":
             raise
-        print(f"jaxllm: the package {e.name!r} is missing; install what jaxllm needs: {sys.executable} -m pip install jaxllm",
-              file=sys.stderr)
+        print(f"jaxllm: the package {e.name!r} is missing; install what jaxllm needs: {sys.executable} -m pip install -e "
+              f"{pathlib.Path(__file__).parents[1]}", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()
@@ -109,7 +109,8 @@ def _write_json(result: dict | None, json_to: str | None) -> None:
     if json_to == "-":
         print(json.dumps(result))
     elif json_to:
-        pathlib.Path(json_to).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with writing(json_to):
+            pathlib.Path(json_to).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def parse(verb: Verb, argv: list[str]):
@@ -118,8 +119,10 @@ def parse(verb: Verb, argv: list[str]):
 
     words = [w for w in argv if not w.startswith("--")]
     flags = [w[2:] for w in argv if w.startswith("--")]
-    json_to = next((f[5:] for f in flags if f.startswith("json=")), None)
-    overrides = [f if "=" in f else f"{f}=true" for f in flags if not f.startswith("json=")]
+    json_to = next((f[5:] for f in flags if f.partition("=")[0] == "json"), None)
+    if json_to is not None:
+        _check_json(json_to)
+    overrides = [f if "=" in f else f"{f}=true" for f in flags if f.partition("=")[0] != "json"]
     if verb.takes == "config":
         if len(words) != 1:
             raise UserError(f"expected one config file, found {words or 'none'}; usage: jaxllm {verb.usage}")
@@ -138,6 +141,15 @@ def parse(verb: Verb, argv: list[str]):
     elif verb.takes == "runs":
         cfg = dataclasses.replace(cfg, runs=tuple(words))
     return cfg, json_to
+
+
+def _check_json(path: str) -> None:
+    """Raises UserError now rather than after hours of work."""
+    if not path:
+        raise UserError("--json: should be --json=FILE, or --json=- for standard output")
+    if path != "-":
+        with writing(path), open(path, "a", encoding="utf-8"):
+            pass
 
 
 def overview() -> str:

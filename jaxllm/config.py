@@ -49,7 +49,7 @@ def load(cls, path: str | None = None, overrides: typing.Sequence[str] = (), *, 
 
 def to_dict(cfg) -> dict:
     """Returns a config as plain nested dicts, the form that is saved and compared."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    return dataclasses.asdict(cfg)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -75,12 +75,33 @@ def _read_yaml(path: str) -> DictConfig:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     try:
-        loaded = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
+        loaded = yaml.load(text, _Loader) or {}
+    except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: should hold `key: value` lines, found {type(OmegaConf.to_container(loaded)).__name__}")
-    return loaded
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: should hold `key: value` lines, found {type(loaded).__name__}")
+    return OmegaConf.create(_verbatim(loaded))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found {key.value!r} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _verbatim(tree):
+    """Returns nested values with every "${" escaped, as OmegaConf would else look a value up there."""
+    if isinstance(tree, dict):
+        return {key: _verbatim(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_verbatim(value) for value in tree]
+    return tree.replace("${", "\\${") if isinstance(tree, str) else tree
 
 
 def _read_override(cls, override: str) -> DictConfig:
@@ -88,12 +109,12 @@ def _read_override(cls, override: str) -> DictConfig:
     if not equals or not re.fullmatch(r"[\w.-]+", key):
         raise UserError(f"--{override}: should be --dotted.key=value")
     if _is_text(cls, key) and value != "null":  # as it stands: a prompt may end in a space, a name may look like a number
-        nested: object = value.replace("${", "\\${")  # not an interpolation
+        nested: object = _verbatim(value)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         return OmegaConf.create(nested)
     try:
-        return OmegaConf.from_dotlist([override])
+        return OmegaConf.create(_verbatim(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"--{override}: {' '.join(str(e).split())}") from None
 
@@ -167,17 +188,22 @@ def help_text(cls, usage: str) -> str:
     return "\n".join([*lines, "", "on every verb: --help, --json=FILE (the result as one JSON object; - for standard output)"])
 
 
-def _fields(cls, prefix: str = "") -> dict[str, _Field]:
-    """Returns {"optim.lr": field} of every leaf below a dataclass; a mapping's key is written NAME."""
+def _fields(cls, prefix: str = "", holder=None) -> dict[str, _Field]:
+    """Returns {"optim.lr": field} of every leaf below a dataclass; a mapping's key is written NAME.
+
+    Defaults are those of `holder`, an instance, where there is one: a group may be given others than its class has.
+    """
     out, meanings = {}, _comments(cls)
     for f in dataclasses.fields(cls):
         name, inner = prefix + f.name, f.type
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory
+        default = getattr(holder, f.name, default)
         if typing.get_origin(inner) is dict:
-            name, inner = f"{name}.NAME", typing.get_args(inner)[1]
+            name, inner, default = f"{name}.NAME", typing.get_args(inner)[1], None
         if dataclasses.is_dataclass(inner):
-            out |= _fields(inner, name + ".")
+            out |= _fields(inner, name + ".", default() if callable(default) and default is not inner else default)
             continue
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        default = default() if callable(default) else default
         out[name] = _Field(inner, default, meanings.get(f.name, ""))
     return out
 

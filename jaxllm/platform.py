@@ -31,6 +31,10 @@ def start_jax(cache: pathlib.Path = CACHE) -> None:
 
     if jax.config.jax_compilation_cache_dir is not None:  # the caller has chosen another place
         return
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"! compiled programs are not kept: {cache}: {e.strerror}", file=sys.stderr)
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -43,7 +43,7 @@ FAULTS = [
           "tests/test_model.py -k llama"),
     Fault("rotary positions turn half as fast", "jaxllm/model/layers.py", "(jnp.arange(half, dtype=jnp.float32) / half)",
           "(jnp.arange(half, dtype=jnp.float32) / (2 * half))", "tests/test_model.py -k llama"),
-    Fault("keys are not rotated", "jaxllm/model/layers.py", "rope(k_BTKH, pos_BT, self.theta)", "k_BTKH", "tests/test_model.py -k 'position or llama'"),
+    Fault("keys are not rotated", "jaxllm/model/layers.py", "rope(k_BTKH, *angles)", "k_BTKH", "tests/test_model.py -k 'position or llama'"),
     Fault("query heads use the wrong kv head", "jaxllm/model/layers.py", "q_BTNH = qkv_BTKGH[:, :, :, :-2].reshape(B, T, K * (G - 2), H)",
           "q_BTNH = qkv_BTKGH[:, :, :, :-2].swapaxes(2, 3).reshape(B, T, K * (G - 2), H)", "tests/test_model.py -k llama"),
     Fault("gate and up are swapped", "jaxllm/model/layers.py", "(both_BTCF[:, :, 0]) * both_BTCF[:, :, 1]", "(both_BTCF[:, :, 1]) * both_BTCF[:, :, 0]",

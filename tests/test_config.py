@@ -13,7 +13,7 @@ import yaml
 from jaxllm import cli, config
 from jaxllm.data.config import TokenizerVerb
 from jaxllm.errors import UserError
-from jaxllm.train.config import PretrainConfig
+from jaxllm.train.config import PretrainConfig, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 VERBS_OF_CONFIGS = {"pretrain": PretrainConfig, "tokenizer": TokenizerVerb}
@@ -78,7 +78,7 @@ def test_a_mistake_gets_one_line(pretrain, override, says):
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("train: {steps: 10", "not valid YAML"), ("- a\n- b\n", "should hold `key: value` lines"),
+    ("train: {steps: 10", "not valid YAML"), ("train: {steps: 1, steps: 2}", "found 'steps' twice"), ("- a\n- b\n", "should hold `key: value` lines"),
     ("train: 3\n", "train=3: is a group"), ("optim: {lr: fast}\n", "optim.lr='fast': should be float"),
 ])
 def test_a_broken_file_is_named(tmp_path, text, says):
@@ -87,6 +87,22 @@ def test_a_broken_file_is_named(tmp_path, text, says):
     with pytest.raises(UserError) as error:
         config.load(PretrainConfig, str(path))
     assert says in str(error.value) and str(path) in str(error.value)
+
+
+def test_nothing_is_looked_up_in_the_environment(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {steps: 1, sample_prompts: ['cost ${x}', '${oc.env:HOME}', '${']}\n", encoding="utf-8")
+    want = ["cost ${x}", "${oc.env:HOME}", "${"]
+    cfg = config.load(PretrainConfig, str(path))
+    assert list(cfg.train.sample_prompts) == want
+    path.write_text(config.to_yaml(config.to_dict(cfg)), encoding="utf-8")
+    assert list(config.load(PretrainConfig, str(path)).train.sample_prompts) == want
+    assert list(config.load(PretrainConfig, None, ["train.steps=1", "train.sample_prompts=['${x}']"]).train.sample_prompts) == ["${x}"]
+
+
+def test_help_shows_the_defaults_that_a_verb_has():
+    assert config._fields(PretrainConfig)["train.sample.max_tokens"].default == PretrainConfig(
+        train=TrainConfig(steps=1)).train.sample.max_tokens == 64
 
 
 def test_a_missing_file_has_its_nearest_name(tmp_path):

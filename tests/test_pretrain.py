@@ -1,5 +1,6 @@
 """The run from outside: what it writes, what it refuses, how it stops. In this process, on the emulated devices."""
 
+import errno
 import json
 import math
 import pathlib
@@ -115,6 +116,56 @@ def test_overwrite_with_a_mistake_deletes_nothing(done, tmp_path, mistake):
     assert (copy / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
 
 
+def test_overwrite_deletes_nothing_that_no_run_has_written(tmp_path, capsys):
+    theirs = tmp_path / "run" / "checkpoints" / "precious"
+    theirs.mkdir(parents=True)
+    assert pretrain(runs.config(tmp_path), "--run.overwrite=true") == 2
+    assert "would delete checkpoints, which no run of jaxllm has written" in capsys.readouterr().err
+    assert theirs.exists()
+
+
+def test_a_runs_own_config_does_not_overwrite_the_run(tmp_path):
+    config = runs.config(tmp_path)
+    assert pretrain(config, "--run.overwrite=true", "--train.steps=4") == 0
+    assert pretrain(tmp_path / "run/config.yaml", "--train.steps=6") == 0
+    assert [x["kind"] for x in runs.lines(tmp_path / "run/incidents.jsonl")] == ["resumed", "config_changed"]
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_when_the_original_is_gone(tmp_path, capsys):
+    original = tmp_path / "t.model"
+    config = runs.config(tmp_path, data={"tokenizer": str(original)}, train={"eval_every": 0})
+    tokenizer = tmp_path / "tokenizer.yaml"
+    tokenizer.write_text(f"sources: {{words: {{path: {tmp_path}/corpus.jsonl}}}}\n"
+                         f"tokenizer: {{vocab_size: 310, held_out: 0, output: {original}}}\n", encoding="utf-8")
+    assert cli.main(["tokenizer", str(tokenizer)]) == 0
+    content = original.read_bytes()
+    assert pretrain(config, "--train.steps=2") == 0
+    original.unlink()
+    assert pretrain(config, "--train.steps=4") == 0
+    assert f"{original} is gone; the run's own copy is used" in capsys.readouterr().err
+    assert pretrain(config, "--train.steps=6", f"--data.tokenizer={tmp_path}/run/tokenizer.model") == 0
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == content
+
+
+def test_a_home_folder_is_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert pretrain(runs.config(tmp_path), "--run.dir=~/mine", "--train.steps=1") == 0
+    assert (tmp_path / "mine" / "config.yaml").exists() and not (tmp_path / "~").exists()
+
+
+def test_what_is_no_damage_is_not_told_as_damage(done, monkeypatch):
+    from jaxllm.errors import RunError
+
+    def no_files_left(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Checkpoints(done[0]) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "restore", no_files_left)
+        with pytest.raises(RunError, match=r"cannot be read now, though it may be whole: OSError: .*Too many open files"):
+            checkpoints.restore(None, damaged=lambda *_: pytest.fail("told as damage"))
+
+
 def test_a_runs_own_config_is_a_config(done, tmp_path):
     folder, _ = done
     assert pretrain(folder / "config.yaml", f"--run.dir={tmp_path}/again", "--train.steps=2", "--train.sample_every=0") == 0
@@ -174,6 +225,17 @@ def test_the_leaf_that_is_named_is_the_one_that_broke():
     (["--mesh.tensor=8", "--mesh.data=1"], "which mesh.tensor=8 does not divide"),
     (["--mesh.data=3"], "needs 3 devices, found 8"),
     (["--data.seq_len=128"], "data.seq_len=128 is longer than model.max_seq_len=64"),
+    (["--train.sample_every=4", f"--train.sample_prompts=[{'a' * 64}]"], "train.sample_prompts: prompt 1 has 65 tokens"),
+    (["--run.dir=/dev/null"], "/dev/null"),
+    (["--run.dir=/dev/null/run"], "/dev/null/run: cannot be written: Not a directory"),
+    (["--json=/nowhere/x.json"], "/nowhere/x.json: cannot be written: No such file or directory"),
+    (["--json"], "--json: should be --json=FILE"),
+    (["--data.sources.words.weight=inf"], "should be 0 or more, and finite"),
+    (["--train.z_loss=-1"], "train.z_loss=-1.0: should be 0 or more"),
+    (["--train.eval_every=-5"], "train.eval_every=-5: should be 0 or more"),
+    (["--model.norm_eps=-1"], "model.norm_eps=-1.0: should be above 0"),
+    (["--optim.eps=0"], "optim.eps=0.0: should be above 0"),
+    (["--data.workers=-3"], "data.workers=-3: should be 0 or more"),
 ])
 def test_a_mistake_gets_one_line_and_exit_code_2(tmp_path, words, says, capsys):
     assert pretrain(runs.config(tmp_path), *words) == 2

@@ -83,6 +83,29 @@ def test_a_stopped_run_that_overwrote_says_not_to_overwrite_again(tmp_path):
     assert "without run.overwrite=true, which would delete it" in text
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_before_the_first_step_can_be_run_again(tmp_path, sent):
+    config, run = runs.config(tmp_path), tmp_path / "run"
+    process = runs.start("pretrain", config)
+    runs.wait_for(lambda: (run / "run.lock").exists() and (run / "run.lock").read_text())
+    os.kill(process.pid, sent)
+    code, text = runs.finish(process)
+    assert code == 75, text
+    assert f"stopped by {sent.name}; run the same command to go on" in text and "Traceback" not in text, text
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_text_that_changed_under_a_run_is_an_incident(never_killed, tmp_path):
+    folder, config = never_killed
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    other = runs.corpus(tmp_path, seed=1)
+    code, text = runs.finish(runs.start("pretrain", config, f"--run.dir={copy}", f"--data.sources.words.path={other}", "--train.steps=25"))
+    assert code == 0, text
+    told = [x["message"] for x in runs.lines(copy / "incidents.jsonl") if x["kind"] == "data_changed"]
+    assert len(told) == 1 and "data.sources words; rows from step 25 on" in told[0]
+
+
 def test_a_finished_run_says_so_and_does_nothing(never_killed):
     folder, config = never_killed
     before = {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")}
@@ -151,8 +174,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(tmp_path):
     config = runs.config(tmp_path)
     code, text = runs.finish(runs.start("pretrain", config, "--train.steps=4"))
     assert code == 0, text
-    # No file may become larger than 2 kB: the next checkpoint cannot be written. Python ignores SIGXFSZ, so it is an error.
-    code, text = runs.finish(runs.start("pretrain", config, "--train.eval_every=0", prefix="ulimit -f 4"))
+    # No file may become larger than 8 kB, which a checkpoint's must and no other need. Python ignores SIGXFSZ: it is an error.
+    code, text = runs.finish(runs.start("pretrain", config, "--train.eval_every=0", "--log.every=1000", prefix="ulimit -f 16"))
     assert code == 1, text
     assert "checkpoint not written" in text and "complete checkpoints: 4" in text, text
     code, text = runs.finish(runs.start("pretrain", config))

@@ -1,7 +1,10 @@
 """Settings of text sources, the tokenizer and the input of training. No jax here."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+LEAST_VOCABULARY = 272  # special and chat tokens, and 256 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +20,8 @@ class Source:
     def __post_init__(self):
         if self.document_bytes and not 256 <= self.document_bytes <= 1 << 20:
             raise ValueError(f"document_bytes={self.document_bytes} of source {self.path}: should be 0, or 256 to {1 << 20}")
-        if self.weight < 0:
-            raise ValueError(f"weight={self.weight} of source {self.path}: should not be negative")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} of source {self.path}: should be 0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class DataConfig:
             raise ValueError(f"data.seq_len={self.seq_len}: should be at least 2")
         if not 0 <= self.validation < 1:
             raise ValueError(f"data.validation={self.validation}: should be in [0, 1)")
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers}: should be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,15 @@ class TokenizerConfig:
     sample_bytes: int = 200_000_000
     held_out: float = 0.02  # share of documents kept from training for the report
     output: str = "tokenizer.model"  # where the model goes; a .json report is written beside it
+
+    def __post_init__(self):
+        for name, ok, should in (
+            ("vocab_size", self.vocab_size >= LEAST_VOCABULARY, f"at least {LEAST_VOCABULARY}, for special tokens and bytes"),
+            ("character_coverage", 0 < self.character_coverage <= 1, "in (0, 1]"),
+            ("sample_bytes", self.sample_bytes >= 1, "at least 1"), ("held_out", 0 <= self.held_out < 1, "in [0, 1)"),
+        ):
+            if not ok:
+                raise ValueError(f"tokenizer.{name}={getattr(self, name)}: should be {should}")
 
 
 @dataclass(frozen=True, kw_only=True)

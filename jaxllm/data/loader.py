@@ -51,6 +51,11 @@ class TrainingInput:
             iterator.close()
 
     @property
+    def made_of(self) -> dict[str, list]:
+        """Returns, of each source, the key of its tokenised text and its weight: with the seed, what row i depends on."""
+        return {one.name: [one.key, weight] for one, weight in zip(self.stores.sources, self.weights, strict=True)}
+
+    @property
     def tokens_per_epoch(self) -> int:
         return sum(len(one.train.tokens) for one in self.stores.sources)
 

@@ -22,7 +22,7 @@ import time
 
 import numpy as np
 
-from jaxllm.errors import RunError, UserError
+from jaxllm.errors import writing
 
 VERSION = 1  # of the format; another one is another key
 SPLITS = ("train", "validation")
@@ -83,7 +83,7 @@ class StoreWriter:
         self.n_tokens = dict.fromkeys(SPLITS, 0)
         self.began = None  # of a document that comes in parts: [split, first token, its bytes so far]
         self.under_way: Counts | None = None  # of the same document
-        with told(folder):
+        with writing(folder):
             folder.mkdir(parents=True)
             self.files = {f"{split}.{name}": (folder / f"{split}.{name}").open("wb")
                           for split in SPLITS for name in ("tokens", "ends", "bytes")}
@@ -93,7 +93,7 @@ class StoreWriter:
 
     def __exit__(self, kind, *exception):
         for file in self.files.values():
-            with contextlib.suppress(OSError) if kind else told(file.name):
+            with contextlib.suppress(OSError) if kind else writing(file.name):
                 file.close()
 
     def documents(self, split: str, tokens, lengths, byte_counts) -> None:
@@ -131,32 +131,20 @@ class StoreWriter:
         """Writes what is left and the index; after that the folder may be renamed."""
         sizes = {}
         for name, file in self.files.items():
-            with told(file.name):
+            with writing(file.name):
                 file.flush()
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
         counts = dataclasses.asdict(self.counts)
         meta = {"version": VERSION, "dtype": self.dtype.name, "counts": counts, "sizes": sizes, **made_of}
-        with told(self.folder / "meta.json"), open(self.folder / "meta.json", "w", encoding="utf-8") as file:
+        with writing(self.folder / "meta.json"), open(self.folder / "meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
     def _append(self, name: str, array: np.ndarray) -> None:
-        with told(self.files[name].name):
+        with writing(self.files[name].name):
             self.files[name].write(array.tobytes())
-
-
-@contextlib.contextmanager
-def told(path):
-    """Turns a failure to write into one line that names the file."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RunError(f"{path}: cannot be written: {e.strerror.lower()}; free some space, or name a folder on another "
-                           "disk, and run again") from None
-        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -167,7 +155,7 @@ def locked(path: pathlib.Path, waiting=lambda: None):
     except ModuleNotFoundError:  # Windows: the rename at the end still keeps half a folder from being seen
         yield
         return
-    with told(path):
+    with writing(path):
         file = path.open("a+b")
     with file:
         try:
@@ -218,7 +206,7 @@ def file_hash(path: pathlib.Path, cache: pathlib.Path) -> str:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:  # a file written just now may change again within one tick
-        with told(note):
+        with writing(note):
             note.parent.mkdir(parents=True, exist_ok=True)
             fresh = note.with_suffix(f".{os.getpid()}.tmp")
             fresh.write_text(json.dumps([seen, found]), encoding="utf-8")

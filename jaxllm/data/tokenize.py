@@ -29,10 +29,9 @@ from jaxllm.data.store import (
     publish,
     remove_leftovers,
     token_dtype,
-    told,
 )
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import RunError, UserError
+from jaxllm.errors import RunError, UserError, writing
 
 LARGE = 2_000_000_000  # bytes of files that take a while to hash
 SMALL = 4 << 20  # bytes of text that are tokenised sooner than another process has started
@@ -43,6 +42,7 @@ class SourceStores:
     """A tokenised source."""
 
     name: str
+    key: str  # a hash of all that the tokenised text depends on
     weight: float
     counts: Counts
     train: Store
@@ -64,7 +64,7 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer, *, log=print) -> Stores:
     if not used:
         raise UserError("data.sources: should hold at least one source with a weight above 0")
     cache = pathlib.Path(cfg.cache).expanduser()
-    with told(cache):
+    with writing(cache):
         (cache / "tokens").mkdir(parents=True, exist_ok=True)
     remove_leftovers(cache / "tokens")
     found = [_source(name, source, cfg, tokenizer, cache, log) for name, source in used.items()]
@@ -98,7 +98,7 @@ def _source(name: str, source: Source, cfg: DataConfig, tokenizer: Tokenizer, ca
         what = f"all {counts.documents} documents were held out" if counts.documents else _nothing(counts)
         raise UserError(f"data.sources.{name}.path={source.path}: no tokens to train on: {what}")
     log(f"{name}: {_said(counts)}")
-    return SourceStores(name, source.weight, counts, stores["train"], stores["validation"])
+    return SourceStores(name, key, source.weight, counts, stores["train"], stores["validation"])
 
 
 def _hash(path: pathlib.Path, cache: pathlib.Path) -> str:
@@ -152,7 +152,7 @@ def _make(folder: pathlib.Path, files, before, source: Source, cfg: DataConfig, 
             if changed:
                 raise RunError(f"{changed[0]}: changed while it was read; run again")
             writer.finish(made_of)
-        with told(folder):
+        with writing(folder):
             publish(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -19,9 +19,8 @@ from jaxllm.data.config import Source, TokenizerConfig
 from jaxllm.data.processes import n_cores
 from jaxllm.data.progress import Progress
 from jaxllm.data.read import blocks, find_files, texts, words_within
-from jaxllm.data.store import told
 from jaxllm.data.tokenizer import SPECIALS, SentencePieceTokenizer
-from jaxllm.errors import RunError, UserError
+from jaxllm.errors import RunError, UserError, writing
 
 SENTENCE = 4096  # characters of text that SentencePiece sees at once, line ends included
 USE_BYTES = 20_000_000  # of the sample, read once more to see which pieces occur
@@ -34,7 +33,7 @@ def train(sources: dict[str, Source], cfg: TokenizerConfig, *, seed: int, overwr
         raise UserError(f"tokenizer.output={cfg.output}: is there already; --overwrite=true replaces it")
     if not sources:
         raise UserError("sources is empty: give at least one, e.g. --sources.books.path=books/")
-    with told(output.parent):
+    with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
     seen, held_out = draw(sources, cfg, seed)
     _say(f"training {cfg.kind} with {cfg.vocab_size:,} pieces on {_mb(seen)} MB of text")
@@ -128,7 +127,7 @@ def _train(seen: list[Drawn], cfg: TokenizerConfig) -> bytes:
     """Returns a trained model. SentencePiece runs in a process of its own: it can be interrupted, and watched."""
     with tempfile.TemporaryDirectory(prefix="jaxllm-tokenizer-") as name:
         folder = pathlib.Path(name)
-        with told(folder / "sample.jsonl"), open(folder / "sample.jsonl", "w", encoding="utf-8") as file:
+        with writing(folder / "sample.jsonl"), open(folder / "sample.jsonl", "w", encoding="utf-8") as file:
             for drawn in seen:
                 file.writelines(json.dumps(piece) + "\n" for piece in words_within(drawn.text, SENTENCE))
         process = multiprocessing.get_context("spawn").Process(target=_child, args=(name, cfg), daemon=True)
@@ -252,7 +251,7 @@ def _write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with told(path):
+        with writing(path):
             fresh.write_bytes(content)
             fresh.replace(path)
     finally:

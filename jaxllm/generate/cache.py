@@ -108,9 +108,9 @@ def grow(cache_L, slots: int):
 def _layers(model, block_L, x_BTD, pos_BT, attend, cache_L):
     if block_L is None:
         return model.trunk.blocks(x_BTD, pos_BT, attend, cache_L)
-    graph, caches = nnx.graphdef(model.trunk.blocks_L), []
+    graph, angles, caches = nnx.graphdef(model.trunk.blocks_L), model.trunk.angles(pos_BT), []
     for params, cache in zip(block_L, cache_L or [None] * len(block_L), strict=True):
-        x_BTD, cache = nnx.merge(graph, params)(x_BTD, pos_BT, attend, cache)
+        x_BTD, cache = nnx.merge(graph, params)(x_BTD, angles, attend, cache)
         caches.append(cache)
     return x_BTD, caches
 

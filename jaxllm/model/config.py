@@ -41,6 +41,9 @@ class ModelConfig:
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"model.d_model={self.d_model} / model.n_heads={self.n_heads} is {self.head_dim}: rotary "
                              "positions need an even head width")
+        for name in ("norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)}: should be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: should be in [0, 1)")
 

@@ -1,6 +1,8 @@
 """The layers of a block. B batch, T position, D width, N query heads, K kv heads, G heads of a group, H head width,
 F feed-forward."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -61,14 +63,25 @@ class LayerNorm(nnx.Module):
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def rope(x_BTNH, pos_BT, theta: float):
-    """Rotates pairs (i, i + H/2) of a head by pos * theta^(-2i/H) (Su et al. 2021)."""
-    half = x_BTNH.shape[-1] // 2
+def rotation(pos_BT, half: int, theta: float, longest: int):
+    """Returns cos and sin of pos * theta^(-i / half), each [B, T, half], float32 (Su et al. 2021); positions from
+    `longest` on give NaN."""
     freq_H = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)  # float32: bfloat16 cannot count past 256
-    angle_BTH = pos_BT.astype(jnp.float32)[:, :, None] * freq_H[None, None]
-    sin, cos = jnp.sin(angle_BTH)[:, :, None], jnp.cos(angle_BTH)[:, :, None]
+    angle_PH = jnp.arange(longest, dtype=jnp.float32)[:, None] * freq_H[None]
+    # A table and a look-up: XLA's CPU back end would compute a sine afresh wherever it is used, once for each head.
+    look_up = partial(jnp.take, indices=pos_BT, axis=0, mode="fill", fill_value=jnp.nan)
+    return look_up(jnp.cos(angle_PH)), look_up(jnp.sin(angle_PH))
+
+
+@jax.custom_vjp
+def rope(x_BTNH, cos_BTH, sin_BTH):
+    """Rotates pairs (i, i + H/2) of a head by the angles of `rotation`; the derivative is the rotation back."""
+    cos_BT1H, sin_BT1H = cos_BTH[:, :, None], sin_BTH[:, :, None]
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    return jnp.concatenate([a * cos_BT1H - b * sin_BT1H, b * cos_BT1H + a * sin_BT1H], -1).astype(x_BTNH.dtype)
+
+
+rope.defvjp(lambda x, cos, sin: (rope(x, cos, sin), (cos, sin)), lambda saved, d: (rope(d, saved[0], -saved[1]), None, None))
 
 
 class Attention(nnx.Module):
@@ -77,19 +90,20 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, K, H = cfg.d_model, cfg.kv_heads, cfg.head_dim
         G = cfg.n_heads // K
-        self.flatten, self.position, self.theta = form.flatten, cfg.position, cfg.rope_theta
+        self.flatten = form.flatten
         # One matmul for all three; a kv head's G queries, key and value stay on one device.
         self.qkv_DKGH = weight(rngs, {"embed": D, "kv_heads": K, "qkv": G + 2, "head_dim": H}, std=std_of(cfg, D))
         self.out_NHD = weight(rngs, {"heads": cfg.n_heads, "head_dim": H, "embed": D},
                               std=std_of(cfg, D, residual=True))
 
-    def __call__(self, x_BTD, pos_BT, attend, cache=None):
+    def __call__(self, x_BTD, angles, attend, cache=None):
         qkv_BTKGH = constrain(dense(x_BTD, self.qkv_DKGH[...], self.flatten), "batch", "seq", "kv_heads", None, None)
         B, T, K, G, H = qkv_BTKGH.shape
-        q_BTNH = qkv_BTKGH[:, :, :, :-2].reshape(B, T, K * (G - 2), H)
-        k_BTKH, v_BTKH = qkv_BTKGH[:, :, :, -2], qkv_BTKGH[:, :, :, -1]
-        if self.position == "rope":
-            q_BTNH, k_BTKH = rope(q_BTNH, pos_BT, self.theta), rope(k_BTKH, pos_BT, self.theta)
+        # split, not slices: its derivative is one concatenation instead of a sum of padded arrays
+        q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKGH, [G - 2, G - 1], axis=3)
+        q_BTNH, k_BTKH, v_BTKH = q_BTKGH.reshape(B, T, K * (G - 2), H), k_BTK1H[:, :, :, 0], v_BTK1H[:, :, :, 0]
+        if angles is not None:
+            q_BTNH, k_BTKH = rope(q_BTNH, *angles), rope(k_BTKH, *angles)
         o_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache)
         N, H, D = self.out_NHD.shape
         return dense(o_BTNH.reshape(B, T, N * H), self.out_NHD[...].reshape(N * H, D), self.flatten), cache
@@ -112,6 +126,21 @@ class FeedForward(nnx.Module):
         return dense(constrain(h_BTF, "batch", "seq", "mlp"), self.down_FD[...], self.flatten)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(activation, gate_BTF, up_BTF):
+    """Multiplies activation(gate) with up; the backward starts from both again and keeps nothing else."""
+    return activation(gate_BTF) * up_BTF
+
+
+def _gated_backward(activation, saved, d_BTF):
+    gate_BTF, up_BTF = saved
+    h_BTF, pull = jax.vjp(activation, gate_BTF)
+    return pull(d_BTF * up_BTF)[0], d_BTF * h_BTF
+
+
+gated.defvjp(lambda activation, gate, up: (gated(activation, gate, up), (gate, up)), _gated_backward)
+
+
 class GatedFeedForward(nnx.Module):
     """SwiGLU and its kin: one half of a wide matmul gates the other (Shazeer 2020)."""
 
@@ -122,9 +151,9 @@ class GatedFeedForward(nnx.Module):
         self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
 
     def __call__(self, x_BTD):
-        both_BTCF = constrain(dense(x_BTD, self.gate_up_DCF[...], self.flatten), "batch", "seq", None, "mlp")
-        h_BTF = ACTIVATIONS[self.activation](both_BTCF[:, :, 0]) * both_BTCF[:, :, 1]
-        return dense(h_BTF, self.down_FD[...], self.flatten)
+        gate_DF, up_DF = jnp.unstack(self.gate_up_DCF[...], axis=1)
+        gate_BTF, up_BTF = (constrain(dense(x_BTD, w, self.flatten), "batch", "seq", "mlp") for w in (gate_DF, up_DF))
+        return dense(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD[...], self.flatten)
 
 
 def dropout(x_BTD, rate: float, key):

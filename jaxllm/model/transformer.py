@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
-from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, std_of, weight
+from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of, weight
 from jaxllm.partition import constrain
 
 REMAT = {  # name -> what jax.checkpoint keeps; "none" keeps everything and is not wrapped at all
@@ -24,9 +24,9 @@ class Block(nnx.Module):
         self.attn_norm, self.attn = norm(cfg.d_model, cfg.norm_eps), Attention(cfg, form, rngs=rngs)
         self.mlp_norm, self.mlp = norm(cfg.d_model, cfg.norm_eps), ff(cfg, form, rngs=rngs)
 
-    def __call__(self, x_BTD, pos_BT, attend, cache=None, key=None):
+    def __call__(self, x_BTD, angles, attend, cache=None, key=None):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        y_BTD, cache = self.attn(self.attn_norm(x_BTD), pos_BT, attend, cache)
+        y_BTD, cache = self.attn(self.attn_norm(x_BTD), angles, attend, cache)
         x_BTD += dropout(y_BTD, self.dropout, attn_key)
         x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key)
         return constrain(x_BTD, "batch", "seq", "act"), cache
@@ -40,7 +40,7 @@ class Trunk(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
-        self.form, self.n_layers = form, cfg.n_layers
+        self.cfg, self.form, self.n_layers = cfg, form, cfg.n_layers
         self.embed_VD = weight(rngs, {"vocab": cfg.vocab_size, "embed": cfg.d_model}, std=std_of(cfg, cfg.d_model))
         key_L = jax.random.split(rngs.params(), cfg.n_layers)
         self.blocks_L = nnx.vmap(lambda key: Block(cfg, form, rngs=nnx.Rngs(key)))(key_L)
@@ -55,14 +55,20 @@ class Trunk(nnx.Module):
         table_VD = constrain(self.embed_VD[...], "vocab", None)
         return constrain(table_VD[token_BT], "batch", "seq", "act")
 
+    def angles(self, pos_BT):
+        """Returns what every layer rotates queries and keys by; None without rotary positions."""
+        cfg = self.cfg
+        return rotation(pos_BT, cfg.head_dim // 2, cfg.rope_theta, cfg.max_seq_len) if cfg.position == "rope" else None
+
     def blocks(self, x_BTD, pos_BT, attend, cache_L=None, key=None):
         """Runs the layers; returns the residual stream and the caches, stacked as they came."""
         graph, stacked = nnx.split(self.blocks_L)
+        angles = self.angles(pos_BT)
         key_L = None if key is None else jax.random.split(key, self.n_layers)
 
         def layer(x_BTD, xs):
             params, cache, key = xs
-            return nnx.merge(graph, params)(x_BTD, pos_BT, attend, cache, key)
+            return nnx.merge(graph, params)(x_BTD, angles, attend, cache, key)
 
         if self.form.remat in REMAT:
             layer = jax.checkpoint(layer, policy=REMAT[self.form.remat])

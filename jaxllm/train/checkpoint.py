@@ -14,7 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import RunError, UserError
+from jaxllm.errors import DISK_FULL, RunError, UserError
 from jaxllm.mesh import MeshConfig
 from jaxllm.partition import leaf_name, make_mesh
 from jaxllm.train.config import CheckpointConfig
@@ -78,7 +78,7 @@ class Checkpoints:
                 state = TrainState(params=read.params, **read.train)
                 wrong = check_sums(state, meta["arrays"])
             except Exception as e:  # whatever a damaged file makes the readers raise
-                damaged(candidate, _first_line(e))
+                damaged(candidate, _damage(e))
                 continue
             if not wrong:
                 return state, meta["position"]
@@ -98,7 +98,7 @@ class Checkpoints:
                 params = read.params
                 wrong = check_sums({"params": params}, meta["arrays"])
             except Exception as e:
-                damaged(candidate, _first_line(e))
+                damaged(candidate, _damage(e))
                 continue
             if not wrong:
                 return params, candidate
@@ -126,7 +126,7 @@ class Checkpoints:
             meta = self.manager.restore(step, args=self.ocp.args.Composite(meta=self.ocp.args.JsonRestore())).meta
             return meta if meta["arrays"] else None
         except Exception as e:  # as above
-            damaged(step, _first_line(e))
+            damaged(step, _damage(e))
             return None
 
     @contextlib.contextmanager
@@ -135,14 +135,15 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as e:  # tensorstore tells of a full disk through ValueError
             text = f"{e} {e.__cause__ or ''}"
-            full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-                sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota exceeded", "File too large"))
-            if not full and not isinstance(e, OSError):
+            full = getattr(e, "errno", None) in DISK_FULL or any(
+                sign in text for sign in ("No space left", "Disk quota exceeded", "File too large"))
+            if not full and not isinstance(e, OSError) and not _transient(e):
                 raise
             good = ", ".join(map(str, self.steps())) or "none"
             reason = "the disk is full" if full else _first_line(e)
-            raise RunError(f"{self.folder}: checkpoint not written: {reason}; complete checkpoints: {good}. Free some space "
-                           "and run the same command again") from e
+            mend = "Free some space and run" if full else "Run"
+            raise RunError(f"{self.folder}: checkpoint not written: {reason}; complete checkpoints: {good}. {mend} the same "
+                           "command again") from e
 
 
 def _rest(state: TrainState) -> dict:
@@ -194,6 +195,20 @@ def check_shapes(abstract, arrays: dict, where: str) -> None:
 
 def _first_line(e: Exception) -> str:
     return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
+
+
+def _damage(e: Exception) -> str:
+    """Returns why a checkpoint could not be read; raises RunError when that is no fault of the checkpoint's."""
+    if _transient(e):
+        raise RunError(f"a checkpoint cannot be read now, though it may be whole: {_first_line(e)}") from e
+    return _first_line(e)
+
+
+def _transient(e: Exception) -> bool:
+    """Returns whether this machine ran out of memory or open files, or may not read: nothing that a file could cause."""
+    if isinstance(e, MemoryError) or getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES):
+        return True
+    return any(sign in str(e) for sign in ("Too many open files", "Out of memory", "out of memory", "Permission denied"))
 
 
 def load_model(folder, step: int | None = None, mesh=None):

@@ -43,6 +43,9 @@ class TrainConfig:
         for name in ("steps", "tokens", "batch_size", "micro_batches", "loss_chunk"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
+        for name in ("z_loss", "eval_every", "eval_rows", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}: should be 0 or more")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"train.batch_size={self.batch_size} is not divisible by train.micro_batches={self.micro_batches}")
         if not 0 <= self.label_smoothing < 1:
@@ -71,7 +74,8 @@ class OptimConfig:
 
     def __post_init__(self):
         for name, ok, should in (
-            ("lr", self.lr > 0, "above 0"), ("b1", 0 <= self.b1 < 1, "in [0, 1)"), ("b2", 0 <= self.b2 < 1, "in [0, 1)"),
+            ("lr", self.lr > 0, "above 0"), ("eps", self.eps > 0, "above 0"),
+            ("b1", 0 <= self.b1 < 1, "in [0, 1)"), ("b2", 0 <= self.b2 < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"), ("clip", self.clip >= 0, "0 or more"),
             ("warmup", self.warmup >= 0, "0 or more"), ("final", 0 <= self.final <= 1, "in [0, 1]"),
             ("decay_share", 0 < self.decay_share <= 1, "in (0, 1]"), ("step_every", self.step_every >= 1, "at least 1"),

@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from jaxllm.errors import RunError
+from jaxllm.errors import RunError, UserError, writing
 from jaxllm.train.run_folder import drop_lines_after
 
 
@@ -19,7 +19,7 @@ class RunLog:
     def __init__(self, folder: pathlib.Path, *, steps: int, start: int, tensorboard: bool):
         self.folder, self.steps, self.board = folder, steps, None
         self.terminal = sys.stderr.isatty()
-        with written(folder):
+        with writing(folder):
             for name in ("metrics.jsonl", "samples.jsonl"):
                 drop_lines_after(folder / name, start)
             if tensorboard:
@@ -43,7 +43,7 @@ class RunLog:
     def metrics(self, line: dict) -> None:
         self._append("metrics.jsonl", line)
         if self.board is not None:
-            with written(self.folder / "tensorboard"):
+            with writing(self.folder / "tensorboard"):
                 self.board.scalars(line["step"], {k: v for k, v in line.items() if k not in ("step", "time")})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -51,12 +51,12 @@ class RunLog:
         shown = " ".join(f"{prompt}{text}".split())
         self.say(f"  sample at step {step}: {shown[:160]}")
         if self.board is not None:
-            with written(self.folder / "tensorboard"):
+            with writing(self.folder / "tensorboard"):
                 self.board.text(step, "sample", f"{prompt}{text}")
 
     def incident(self, step: int, kind: str, message: str) -> None:
         self.say(f"! {message}")
-        with contextlib.suppress(RunError):  # an incident is often told while the run ends for another reason
+        with contextlib.suppress(RunError, UserError):  # an incident is often told while the run ends for another reason
             self._append("incidents.jsonl", {"time": time.time(), "step": step, "kind": kind, "message": message})
 
     def progress(self, line: dict, seconds_left: float) -> None:
@@ -75,18 +75,8 @@ class RunLog:
                 print(text, file=sys.stderr, flush=True)
 
     def _append(self, name: str, line: dict) -> None:
-        with written(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as f:
+        with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def written(path: pathlib.Path):
-    """Turns a failed write into the run's end, told in one line."""
-    try:
-        yield
-    except OSError as e:
-        raise RunError(f"{path}: cannot be written: {e.strerror or e}; what was saved before is complete. Mend it and run the "
-                       "same command again") from e
 
 
 def memory() -> dict[str, float]:

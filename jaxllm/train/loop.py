@@ -30,6 +30,7 @@ class Run:
 
     program: Program
     batches: Callable[[int], Iterator[dict]]  # step -> the batches from that step on
+    made_of: dict  # what the rows are made of, which with the step is the data position
     evaluate: Callable[[object], dict]  # params -> metrics, or {} with nothing held out
     sample: Callable[[object, int], list[tuple[str, str]]]  # params, step -> prompts and their continuations
     checkpoints: Checkpoints
@@ -65,8 +66,10 @@ class Clock:
     def __init__(self):
         self.began = self.since = time.perf_counter()
         self.steps, self.aside, self.compiled = 0, 0.0, False
+        self.all_steps, self.all_aside = 0, 0.0
 
     def step_done(self) -> None:
+        self.all_steps += 1
         if self.compiled:
             self.steps += 1
         else:
@@ -78,6 +81,14 @@ class Clock:
         mean = (now - self.since - self.aside) / self.steps if self.steps else now - self.began
         self.since, self.steps, self.aside = now, 0, 0.0
         return mean
+
+    def was_aside(self, seconds: float) -> None:
+        self.aside += seconds
+        self.all_aside += seconds
+
+    def seconds_left(self, steps: int, seconds_per_step: float) -> float:
+        """Returns the time of so many more steps, with their share of evaluation, samples and saving as it was so far."""
+        return steps * (seconds_per_step + self.all_aside / max(self.all_steps, 1))
 
 
 def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every: int, state: TrainState,
@@ -144,7 +155,7 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
         line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
     line |= memory()
     run.log.metrics(line)
-    run.log.progress(line, (run.steps - step) * seconds)
+    run.log.progress(line, clock.seconds_left(run.steps - step, seconds))
 
 
 def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> None:
@@ -161,8 +172,8 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
             run.log.sample(step, prompt, text)
     if due["save"]:
         _refuse_not_finite(run, step, state)
-        run.checkpoints.save(step, state, {"step": step})
-    clock.aside += time.perf_counter() - began
+        run.checkpoints.save(step, state, {"step": step, "made_of": run.made_of})
+    clock.was_aside(time.perf_counter() - began)
 
 
 _finite = jax.jit(finite_leaves)
@@ -188,6 +199,16 @@ def evaluate(program: Program, held_out, params) -> dict:
         n_bytes += held_out.bytes_of(batch["target_BT"], batch["weight_BT"])
     if not n_tokens:
         return {}
+    n_bytes = _over_processes(n_bytes)
     loss = total / n_tokens
     found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": int(n_tokens)}
     return found | ({"eval_bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
+
+
+def _over_processes(n: int) -> int:
+    """Returns the sum of a number that each process counted in its own rows."""
+    if jax.process_count() == 1:
+        return n
+    from jax.experimental.multihost_utils import process_allgather
+
+    return int(process_allgather(np.int64(n)).sum())

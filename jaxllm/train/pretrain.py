@@ -1,8 +1,10 @@
 """`jaxllm pretrain CONFIG`: from settings to a finished run."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
+import signal
 import sys
 import time
 
@@ -14,17 +16,40 @@ from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
 def main(cfg: PretrainConfig) -> dict:
     """Trains, or goes on training, a language model; returns the run's last numbers."""
-    folder = pathlib.Path(cfg.run.dir)
     if not cfg.data.sources:
         raise UserError("data.sources is empty: give at least one, e.g. --data.sources.books.path=books/")
+    cfg = _with_paths(cfg)
+    folder = pathlib.Path(cfg.run.dir)
+    with claimed(folder), stopping_at_once():
+        return _run(cfg, folder)
+
+
+def _with_paths(cfg: PretrainConfig) -> PretrainConfig:
+    """Returns the settings with "~" written out, and with the run's own tokenizer where the one it was given is gone."""
+    folder, tokenizer = pathlib.Path(cfg.run.dir).expanduser(), cfg.data.tokenizer
+    if tokenizer != "bytes":
+        own, given = folder / "tokenizer.model", pathlib.Path(tokenizer).expanduser()
+        if not given.exists() and own.exists() and not cfg.run.overwrite:
+            print(f"! {given} is gone; the run's own copy is used: {own}", file=sys.stderr)
+            given = own
+        tokenizer = str(given)
+    return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=str(folder)),
+                               data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
+
+
+@contextlib.contextmanager
+def stopping_at_once():
+    """Makes SIGTERM and SIGINT end the command with exit code 75 while there is no step to save yet, or no more."""
+
+    def stop(number, frame):
+        raise Stopped(f"stopped by {signal.Signals(number).name}; run the same command to go on")
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with claimed(folder):
-            return _run(cfg, folder)
-    except Stopped as e:
-        if not cfg.run.overwrite:
-            raise
-        # the same command would delete what was just saved
-        raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
@@ -60,7 +85,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
     begin(cfg, config.to_dict(cfg))
 
     with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints:
-        state, start, incidents = _restore_or_init(program, checkpoints)
+        state, start, incidents = _restore_or_init(program, checkpoints, rows.made_of)
         with RunLog(folder, steps=steps, start=start, tensorboard=cfg.log.tensorboard) as log:
             for step, kind, message in incidents:
                 log.incident(step, kind, message)
@@ -69,17 +94,29 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
             run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps)
             _say_what_runs(cfg, program, rows, run, start)
             began = time.perf_counter()
-            state = train(run, cfg.train, cfg.log, cfg.checkpoint.every, state, start)
+            try:
+                train(run, cfg.train, cfg.log, cfg.checkpoint.every, state, start)
+            except Stopped as e:
+                if not cfg.run.overwrite:
+                    raise
+                # the same command would delete what was just saved
+                raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
             log.say("")
     return _finish(folder, steps, time.perf_counter() - began)
 
 
 def resolve(cfg: PretrainConfig, tokenizer) -> PretrainConfig:
-    """Fills in the vocabulary; raises UserError when the model's is smaller than the tokenizer's."""
+    """Fills in the vocabulary; raises UserError when the model's is smaller than the tokenizer's, or its longest sequence
+    shorter than a sample prompt."""
     size = cfg.model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={size} is smaller than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}; "
                         f"set it to {tokenizer.vocab_size} or more, or leave it out")
+    for i, prompt in enumerate(cfg.train.sample_prompts if cfg.train.sample_every else []):
+        n = 1 + len(tokenizer.encode(prompt))  # <bos> first
+        if n >= cfg.model.max_seq_len:
+            raise UserError(f"train.sample_prompts: prompt {i + 1} has {n} tokens, <bos> included; should be fewer than "
+                            f"model.max_seq_len={cfg.model.max_seq_len}")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
 
 
@@ -87,8 +124,11 @@ def n_steps(cfg: PretrainConfig) -> int:
     return cfg.train.steps or math.ceil(cfg.train.tokens / (cfg.train.batch_size * cfg.data.seq_len))
 
 
-def _restore_or_init(program, checkpoints):
-    """Returns (state, its step, incidents to log): the newest good checkpoint, or a new state."""
+def _restore_or_init(program, checkpoints, made_of):
+    """Returns (state, its step, incidents to log): the newest good checkpoint, or a new state.
+
+    Row i is a function of i, the seed and the text, so text other than `made_of` makes the order another: an incident.
+    """
     incidents = []
 
     def damaged(step, why):
@@ -104,6 +144,12 @@ def _restore_or_init(program, checkpoints):
     state, position = restored
     checkpoints.set_aside(after=position["step"])
     incidents.append((position["step"], "resumed", f"goes on from step {position['step']}"))
+    if position["made_of"] != made_of:
+        before = position["made_of"]
+        others = [name for name in sorted(before.keys() | made_of.keys()) if before.get(name) != made_of.get(name)]
+        incidents.append((position["step"], "data_changed",
+                          f"text or weight changed since the checkpoint: data.sources {', '.join(others)}; rows from step "
+                          f"{position['step'] + 1} on are others than they would have been"))
     return state, position["step"], incidents
 
 
@@ -118,8 +164,9 @@ def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps):
     known = chip(device.device_kind)
     peak = known.peak_flops(compute_dtype(cfg.train.precision, device.platform).name) if known else None
     return Run(
-        program=program, batches=rows.batches, evaluate=lambda params: evaluate(program, held_out, params),
-        sample=lambda params, step: sample(cfg, program, tokenizer, params), checkpoints=checkpoints, log=log, steps=steps,
+        program=program, batches=rows.batches, made_of=rows.made_of, checkpoints=checkpoints, log=log, steps=steps,
+        evaluate=lambda params: evaluate(program, held_out, params),
+        sample=lambda params, step: sample(cfg, program, tokenizer, params),
         tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,
         flops_per_token=training_flops_per_token(cfg.model, cfg.data.seq_len),
         peak_flops=peak * program.mesh.size if peak else None,

@@ -13,14 +13,14 @@ import subprocess
 import yaml
 
 from jaxllm import config
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, writing
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.flops import parameter_count
 
 PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 NOT_SETTINGS = ("versions", "commit", "parameters")  # what config.yaml tells besides
 OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents.jsonl", "samples.jsonl", "report.html",
-        "tokenizer.model")
+        "tokenizer.model", "damaged-checkpoints")
 # What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
 MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.micro_batches", "train.remat",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
@@ -31,17 +31,20 @@ MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path):
     """Holds the folder for this process; raises UserError when a live process has it. A kill frees it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "run.lock", "a+", encoding="utf-8") as lock:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "run.lock").open("a+", encoding="utf-8")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             raise UserError(f"{folder}: in use by a live run (process {owner}); stop it, or give another run.dir") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {platform.node()}")
-        lock.flush()
+        with writing(lock.name):
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {platform.node()}")
+            lock.flush()
         yield
 
 
@@ -51,6 +54,8 @@ def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
     Raises UserError that names the keys when one that may not change has changed, or the tokenizer's content has.
     """
     folder = pathlib.Path(cfg.run.dir)
+    if cfg.run.overwrite:
+        _check_ours(folder)
     if cfg.run.overwrite or not (folder / "config.yaml").exists():
         return []
     before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
@@ -58,9 +63,11 @@ def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
     changes = {k: f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ}
     blocking = [c for k, c in changes.items() if not k.startswith(MAY_CHANGE)]
     own, given = folder / "tokenizer.model", pathlib.Path(cfg.data.tokenizer)
-    if own.exists() and given.is_file() and own.read_bytes() != given.read_bytes():
-        blocking.append(f"the content of {given} is not that of {own}")
-    if blocking and (folder / "checkpoints").exists():
+    if own.exists() and given.is_file():  # a tokenizer is its content, wherever it lies
+        blocking = [c for c in blocking if not c.startswith("data.tokenizer:")]
+        if own.read_bytes() != given.read_bytes():
+            blocking.append(f"the content of {given} is not that of {own}")
+    if blocking and last_checkpoint(folder):
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(blocking)}): set them back, give another "
                         "run.dir, or --run.overwrite=true to delete that run")
     return [c for k, c in changes.items() if k not in ("run.dir", "run.overwrite")]
@@ -71,14 +78,27 @@ def begin(cfg: PretrainConfig, resolved: dict) -> None:
 
     Called when all that can be checked has been: a mistake in the settings must not cost the earlier run.
     """
-    folder = pathlib.Path(cfg.run.dir)
-    if cfg.run.overwrite:
-        for name in OURS:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_atomically(folder / "config.yaml", config.to_yaml({**resolved, **facts(cfg)}))
-    if cfg.data.tokenizer != "bytes":  # the run folder is whole without the original
-        shutil.copyfile(cfg.data.tokenizer, folder / "tokenizer.model")
+    folder, own = pathlib.Path(cfg.run.dir), pathlib.Path(cfg.run.dir) / "tokenizer.model"
+    if cfg.data.tokenizer != "bytes":
+        tokenizer = pathlib.Path(cfg.data.tokenizer).read_bytes()  # now: it may be the one that is about to go
+    with writing(folder):
+        if cfg.run.overwrite:
+            for name in OURS:
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        # A run's config.yaml serves as a config: it must not delete the run.
+        saved = {**resolved, "run": {**resolved["run"], "overwrite": False}}
+        write_atomically(folder / "config.yaml", config.to_yaml({**saved, **facts(cfg)}))
+        if cfg.data.tokenizer != "bytes":  # the run folder is whole without the original
+            own.write_bytes(tokenizer)
+
+
+def _check_ours(folder: pathlib.Path) -> None:
+    """Raises UserError when run.overwrite would delete what no run of jaxllm has written."""
+    there = [name for name in OURS if (folder / name).exists()]
+    if there and "versions" not in (read_yaml(folder) if "config.yaml" in there else {}):
+        raise UserError(f"{folder}: run.overwrite=true would delete {', '.join(there)}, which no run of jaxllm has written; "
+                        "give another run.dir")
 
 
 def last_checkpoint(folder: pathlib.Path) -> int:
@@ -91,6 +111,10 @@ def read_yaml(folder: pathlib.Path) -> dict:
         return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a run folder (no config.yaml){near_folder(folder)}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{folder / 'config.yaml'}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{folder / 'config.yaml'}: not valid YAML: {' '.join(str(e).split())}") from None
 
 
 def read_config(folder: pathlib.Path) -> PretrainConfig:
