@@ -108,7 +108,8 @@ def weights() -> dict[str, np.ndarray]:
 
     return {
         "embed": normal(V, D, fan_in=1), "out": normal(D, V, fan_in=D), "qkv": normal(L, D, N, 3, H, fan_in=D),
-        "proj": normal(L, N, H, D, fan_in=D), "gate_up": normal(L, D, 2, F, fan_in=D), "down": normal(L, F, D, fan_in=F),
+        "proj": normal(L, N, H, D, fan_in=D), "gate": normal(L, D, F, fan_in=D),
+        "up": normal(L, D, F, fan_in=D), "down": normal(L, F, D, fan_in=F),
     }
 
 
@@ -140,7 +141,8 @@ def ours(args):
     w = {k: jnp.asarray(v) for k, v in np.load(args.weights).items()}
     blocks = model.trunk.blocks_L
     for param, name in ((model.trunk.embed_VD, "embed"), (model.out_DV, "out"), (blocks.attn.qkv_DKGH, "qkv"),
-                        (blocks.attn.out_NHD, "proj"), (blocks.mlp.gate_up_DCF, "gate_up"), (blocks.mlp.down_FD, "down")):
+                        (blocks.attn.out_NHD, "proj"), (blocks.mlp.gate_DF, "gate"), (blocks.mlp.up_DF, "up"),
+                        (blocks.mlp.down_FD, "down")):
         assert param[...].shape == w[name].shape, name
         param[...] = w[name]
     engine = Engine(*nnx.split(model), cfg, Ids(), make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -164,7 +166,7 @@ def theirs(args):
         for j, name in enumerate("qkv"):
             named[f"{at}self_attn.{name}_proj.weight"] = w["qkv"][i, :, :, j].reshape(D, D).T
         named[f"{at}self_attn.o_proj.weight"] = w["proj"][i].reshape(D, D).T
-        named[f"{at}mlp.gate_proj.weight"], named[f"{at}mlp.up_proj.weight"] = w["gate_up"][i, :, 0].T, w["gate_up"][i, :, 1].T
+        named[f"{at}mlp.gate_proj.weight"], named[f"{at}mlp.up_proj.weight"] = w["gate"][i].T, w["up"][i].T
         named[f"{at}mlp.down_proj.weight"] = w["down"][i].T
         named[f"{at}input_layernorm.weight"] = named[f"{at}post_attention_layernorm.weight"] = torch.ones(D)
     model.load_state_dict({k: v.contiguous() for k, v in named.items()})

@@ -18,7 +18,6 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "heads": "tensor",
     "qkv": None,  # a kv head's query heads, its key and its value, kept together
     "head_dim": None,
-    "gate_up": None,
     "mlp": "tensor",
     "vocab": "tensor",
     "norm": None,

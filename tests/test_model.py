@@ -54,7 +54,7 @@ def llama(cfg: ModelConfig, w: dict, token_T, pos_T, doc_T):
             out = out + (p / p.sum(-1, keepdims=True)) @ v @ b["attn.out_NHD"][n]
         x = x + out
         h = norm(x, b["mlp_norm.scale_D"])
-        gate, up = h @ b["mlp.gate_up_DCF"][:, 0], h @ b["mlp.gate_up_DCF"][:, 1]
+        gate, up = h @ b["mlp.gate_DF"], h @ b["mlp.up_DF"]
         x = x + gate / (1 + np.exp(-gate)) * up @ b["mlp.down_FD"]
     head = w["trunk.embed_VD"].T if cfg.tied else w["out_DV"]
     assert K * G == cfg.n_heads

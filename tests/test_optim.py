@@ -94,13 +94,14 @@ def test_clipping_is_by_the_global_norm():
     np.testing.assert_allclose(jax.tree.leaves(updates)[0], -np.array([3.0, 4.0]) / math.sqrt(50), rtol=1e-6)
 
 
-def test_muon_takes_block_matrices_and_treats_gate_and_up_apart():
+def test_muon_takes_block_matrices():
     dims = jax.tree_util.tree_leaves_with_path(
         muon_dimensions(toy.program().abstract.params), is_leaf=lambda x: hasattr(x, "reduction_axis"))
     found = {toy_name(path): (d.reduction_axis, d.output_axis) for path, d in dims}
     assert found == {
         "trunk.blocks_L.attn.qkv_DKGH": ((1,), (2, 3, 4)), "trunk.blocks_L.attn.out_NHD": ((1, 2), (3,)),
-        "trunk.blocks_L.mlp.gate_up_DCF": ((1,), (3,)), "trunk.blocks_L.mlp.down_FD": ((1,), (2,)),
+        "trunk.blocks_L.mlp.gate_DF": ((1,), (2,)), "trunk.blocks_L.mlp.up_DF": ((1,), (2,)),
+        "trunk.blocks_L.mlp.down_FD": ((1,), (2,)),
     }
 
 

@@ -142,17 +142,18 @@ gated.defvjp(lambda activation, gate, up: (gated(activation, gate, up), (gate, u
 
 
 class GatedFeedForward(nnx.Module):
-    """SwiGLU and its kin: one half of a wide matmul gates the other (Shazeer 2020)."""
+    """SwiGLU and its kin: one of two matmuls gates the other (Shazeer 2020)."""
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.ff_width
         self.flatten, self.activation = form.flatten, cfg.activation
-        self.gate_up_DCF = weight(rngs, {"embed": D, "gate_up": 2, "mlp": F}, std=std_of(cfg, D))
+        self.gate_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
+        self.up_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
 
     def __call__(self, x_BTD):
-        gate_DF, up_DF = jnp.unstack(self.gate_up_DCF[...], axis=1)
-        gate_BTF, up_BTF = (constrain(dense(x_BTD, w, self.flatten), "batch", "seq", "mlp") for w in (gate_DF, up_DF))
+        gate_BTF, up_BTF = dense(x_BTD, self.gate_DF[...], self.flatten), dense(x_BTD, self.up_DF[...], self.flatten)
+        gate_BTF, up_BTF = constrain(gate_BTF, "batch", "seq", "mlp"), constrain(up_BTF, "batch", "seq", "mlp")
         return dense(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD[...], self.flatten)
 
 

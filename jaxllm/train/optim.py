@@ -67,7 +67,7 @@ def decayed(params, cfg: OptimConfig):
 def muon_dimensions(params):
     """Returns which axes of each block matrix Muon contracts and produces; None for what AdamW trains.
 
-    Leading layer axes, and the two halves of a gated feed-forward, are matrices of their own.
+    Leading layer axes are matrices of their own.
     """
 
     def dimensions(var):
@@ -76,7 +76,7 @@ def muon_dimensions(params):
         axes, stacked = var.axes, var.ndim - len(var.axes)
         if "vocab" in axes or "norm" in axes:
             return var.replace(None)
-        own = [stacked + i for i, name in enumerate(axes) if name != "gate_up"]
+        own = range(stacked, var.ndim)
         reads = own[:1] if axes[0] == "embed" else own[:-1]
         return var.replace(MuonDimensionNumbers(tuple(reads), tuple(i for i in own if i not in reads)))
 
