@@ -77,15 +77,13 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
+    if argv[1:] in ([], ["-h"], ["--help"]) and any(name.startswith(f"{argv[0]} ") for name in VERBS):
+        print(overview(f"{argv[0]} "))
+        return 0
     if argv[0] in ("-V", "--version"):
         print(f"jaxllm {__version__}")
         return 0
-    name, rest = argv[0], argv[1:]
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; verbs: {', '.join(VERBS)}"
-        raise UserError(f"unknown verb {name!r}{hint}")
-    verb = VERBS[name]
+    verb, rest = find_verb(argv)
     if "--help" in rest or "-h" in rest:
         from jaxllm import config
 
@@ -103,6 +101,19 @@ def _run(argv: list[str]) -> int:
         raise
     _write_json(result, json_to)
     return 0
+
+
+def find_verb(argv: list[str]) -> tuple[Verb, list[str]]:
+    """Returns the verb that the first two words, or the first, name, and the words after it."""
+    for n in (2, 1):
+        if " ".join(argv[:n]) in VERBS:
+            return VERBS[" ".join(argv[:n])], argv[n:]
+    under = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
+    name = " ".join(argv[:2]) if under else argv[0]
+    known = under or list(VERBS)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; verbs: {', '.join(known)}"
+    raise UserError(f"unknown verb {name!r}{hint}")
 
 
 def _write_json(result: dict | None, json_to: str | None) -> None:
@@ -152,9 +163,11 @@ def _check_json(path: str) -> None:
             pass
 
 
-def overview() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+def overview(under: str = "") -> str:
+    """Returns the table of the verbs, or of those whose name starts with `under`."""
+    shown = {name: verb for name, verb in VERBS.items() if name.startswith(under)}
+    width = max(map(len, shown))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in shown.items())
     return (f"jaxllm {__version__}: from raw text to an aligned, measured, exported language model\n\n"
             f"usage: jaxllm VERB ... [--dotted.key=value ...]\n\n{verbs}\n\n"
             "jaxllm VERB --help prints every setting of a verb with its type, default and meaning")
