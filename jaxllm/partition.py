@@ -65,6 +65,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch", "seq"))
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns (i, n): this process's devices hold the i-th of n equal stretches of a batch's rows.
+
+    Raises UserError when they hold rows from here and there, as no process then has a stretch of its own.
+    """
+    rows = {d: s[0] for d, s in batch_sharding(mesh).devices_indices_map((mesh.size, mesh.size)).items()}
+    mine = {range(mesh.size)[rows[d]] for d in mesh.local_devices}
+    first, last = min(r.start for r in mine), max(r.stop for r in mine)
+    if sum(map(len, mine)) != last - first or mesh.size % (last - first) or first % (last - first):
+        raise UserError(f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows from several places "
+                        "of a batch; let the degrees of tensor and of the other inner axes divide a host's devices")
+    return first // (last - first), mesh.size // (last - first)
+
+
 def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     """Returns the NamedSharding of every parameter, from the axis names written beside it (leading ones: layers)."""
 

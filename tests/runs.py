@@ -40,7 +40,7 @@ def config(folder: pathlib.Path, **groups) -> pathlib.Path:
         "log": {"every": 1, "tensorboard": False},
     }
     for name, keys in groups.items():
-        tree[name] |= keys
+        tree[name] = tree.get(name, {}) | keys
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

@@ -1,10 +1,11 @@
 """Batches out of tokenised text. The whole position is one number, the global step.
 
-Row i of the endless list of rows is a function of i and the seed alone; step s holds rows s*B to s*B + B - 1, and process
-p of P the p-th stretch of B/P of them. So the order is the same for any number of processes, devices and threads, and going
-on from a step is starting there.
+Row i of the endless list of rows is a function of i and the seed alone; step s holds rows s*B to s*B + B - 1, and share
+p of P, which one or more processes hold, the p-th stretch of B/P of them. So the order is the same for any number of
+processes, devices and threads, and going on from a step is starting there.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -23,9 +24,9 @@ class TrainingInput:
     """The training batches of a mixture: each source's rows shuffled anew every epoch, mixed by weight, without end."""
 
     def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, seed: int,
-                 process_index: int = 0, process_count: int = 1):
-        if batch_size % process_count:
-            raise UserError(f"train.batch_size={batch_size} is not divisible by the {process_count} processes")
+                 share: int = 0, shares: int = 1):
+        if batch_size % shares:
+            raise UserError(f"train.batch_size={batch_size} is not divisible by the {shares} processes")
         self.stores, self.seq_len, self.batch_size = stores, cfg.seq_len, batch_size
         rows = Rows([one.train for one in stores.sources], cfg.seq_len, stores.pad_id)
         of_sources = [
@@ -37,8 +38,8 @@ class TrainingInput:
         self.weights = [round(one.weight / least * 100) for one in stores.sources]
         mixed = grain.MapDataset.mix(of_sources, weights=self.weights)
         # Without drop_remainder grain rounds the endless length up as a float, beyond the largest integer.
-        shares = mixed.batch(batch_size // process_count, drop_remainder=True, batch_fn=np.array)
-        self.dataset = shares[process_index::process_count].map(rows.gather)
+        of_shares = mixed.batch(batch_size // shares, drop_remainder=True, batch_fn=np.array)
+        self.dataset = of_shares[share::shares].map(rows.gather)
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of the batch of each step from `start_step` (the number of steps done) on."""
@@ -78,10 +79,10 @@ class ValidationInput:
     """
 
     def __init__(self, stores: Stores, cfg: DataConfig, batch_size: int, rows: int,
-                 process_index: int = 0, process_count: int = 1):
+                 share: int = 0, shares: int = 1):
         self.stores, self.rows = stores, Rows([one.validation for one in stores.sources], cfg.seq_len, stores.pad_id)
-        self.batch_size, self.share = batch_size, batch_size // process_count
-        self.begin = process_index * self.share
+        self.batch_size, self.n_own = batch_size, batch_size // shares
+        self.begin = share * self.n_own
         held_out = [(one.weight, int(first), int(last))
                     for one, first, last in zip(stores.sources, self.rows.first, self.rows.last, strict=True) if last > first]
         total = sum(weight for weight, *_ in held_out)
@@ -93,14 +94,20 @@ class ValidationInput:
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of each batch."""
+        yield from self._batches(slice(self.begin, self.begin + self.n_own))
+
+    @functools.cached_property
+    def n_bytes(self) -> int:
+        """The UTF-8 bytes of all tokens that are predicted: what nats are divided by for bits per byte."""
+        whole = slice(0, self.batch_size)  # of every process, so that they need not ask each other
+        return sum(int(self.stores.token_bytes_V[batch["target_BT"][batch["weight_BT"] > 0]].sum())
+                   for batch in self._batches(whole))
+
+    def _batches(self, part: slice) -> Iterator[dict[str, np.ndarray]]:
         whole = np.full(-(-len(self.chosen) // self.batch_size) * self.batch_size, -1)
         whole[: len(self.chosen)] = self.chosen
-        for at in range(0, len(whole), self.batch_size):
-            yield self.rows.gather(whole[at + self.begin : at + self.begin + self.share])
-
-    def bytes_of(self, target_BT: np.ndarray, weight_BT: np.ndarray) -> int:
-        """Returns the UTF-8 bytes of the predicted tokens: what nats are divided by for bits per byte."""
-        return int(self.stores.token_bytes_V[target_BT][weight_BT > 0].sum())
+        for row_B in whole.reshape(-1, self.batch_size):
+            yield self.rows.gather(row_B[part])
 
 
 class Rows:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxllm.errors import DISK_FULL, RunError, UserError
 from jaxllm.mesh import MeshConfig
+from jaxllm.parallel.processes import is_first, together
 from jaxllm.partition import leaf_name, make_mesh
 from jaxllm.train.config import CheckpointConfig
 from jaxllm.train.run_folder import read_config
@@ -107,10 +108,11 @@ class Checkpoints:
 
     def set_aside(self, after: int) -> None:
         """Moves checkpoints later than `after`, which could not be read, out of the way of new ones; none is deleted."""
-        for step in [s for s in self.steps() if s > after]:
+        for step in [s for s in self.steps() if s > after and is_first()]:
             target = self.folder.with_name("damaged-checkpoints") / f"{step}-{time.time_ns()}"
             target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
+        together("damaged checkpoints are set aside")
         self.manager.reload()
 
     def _candidates(self, step: int | None) -> list[int]:

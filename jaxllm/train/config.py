@@ -7,6 +7,7 @@ from jaxllm.data.config import DataConfig
 from jaxllm.generate.config import SampleConfig
 from jaxllm.mesh import MeshConfig
 from jaxllm.model.config import ModelConfig
+from jaxllm.parallel.config import ProcessesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def __post_init__(self):
         if (self.train.steps is None) == (self.train.tokens is None):

@@ -14,10 +14,15 @@ from jaxllm.train.run_folder import drop_lines_after
 
 
 class RunLog:
-    """Appends to the run folder's logs and shows progress. Lines are flushed at once, so a kill loses none."""
+    """Appends to the run folder's logs and shows progress. Lines are flushed at once, so a kill loses none.
 
-    def __init__(self, folder: pathlib.Path, *, steps: int, start: int, tensorboard: bool):
-        self.folder, self.steps, self.board = folder, steps, None
+    `writes` False: does nothing, as in every process of a run but the first.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, steps: int, start: int, tensorboard: bool, writes: bool = True):
+        self.folder, self.steps, self.board, self.writes = folder, steps, None, writes
+        if not writes:
+            return
         self.terminal = sys.stderr.isatty()
         with writing(folder):
             for name in ("metrics.jsonl", "samples.jsonl"):
@@ -37,6 +42,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line."""
+        if not self.writes:
+            return
         with contextlib.suppress(BrokenPipeError):  # `2>&1 | head` ends the display, not the run
             print(f"\r\033[K{text}" if self.terminal else text, file=sys.stderr, flush=True)
 
@@ -68,6 +75,8 @@ class RunLog:
             parts.append(f"MFU {line['mfu']:.1%}")
         parts.append(f"ETA {clock(seconds_left)}")
         text = "  ".join(parts)
+        if not self.writes:
+            return
         with contextlib.suppress(BrokenPipeError):
             if self.terminal:
                 print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
@@ -75,6 +84,8 @@ class RunLog:
                 print(text, file=sys.stderr, flush=True)
 
     def _append(self, name: str, line: dict) -> None:
+        if not self.writes:
+            return
         with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 

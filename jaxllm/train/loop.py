@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxllm.errors import RunError, Stopped
+from jaxllm.parallel.processes import highest
 from jaxllm.partition import batch_sharding
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import LogConfig, TrainConfig
@@ -54,6 +55,14 @@ class StopRequest:
     def __exit__(self, *exception):
         for s, handler in self.before.items():
             signal.signal(s, handler)
+
+    def agreed(self, step: int, every: int) -> str | None:
+        """Returns the signal's name when it is time to stop. Several processes must stop after the same step: they ask each
+        other every so many steps."""
+        if jax.process_count() == 1 or step % every:
+            return self.name if jax.process_count() == 1 else None
+        number = highest(signal.Signals[self.name].value if self.name else 0)
+        return signal.Signals(number).name if number else None
 
     def _note(self, number, frame):
         self.name = signal.Signals(number).name
@@ -105,7 +114,8 @@ def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every
             pending = step, metrics
             if step < run.steps:
                 batch = _put(next(batches), rows)  # while the step runs
-            stopping = stop.name  # read once: a signal that comes while this step is saved is the next step's
+            # read once: a signal that comes while this step is saved is the next step's
+            stopping = stop.agreed(step, log_cfg.every)
             finished = step == run.steps
             due = {"eval": _due(step, train_cfg.eval_every, finished), "sample": _due(step, train_cfg.sample_every, finished),
                    "save": finished or stopping is not None or step % checkpoint_every == 0}
@@ -191,24 +201,14 @@ def _refuse_not_finite(run: Run, step: int, state: TrainState) -> None:
 
 def evaluate(program: Program, held_out, params) -> dict:
     """Returns loss (nats a token), perplexity and bits per byte over the held-out rows; {} without any."""
-    total, n_tokens, n_bytes = 0.0, 0.0, 0
+    total, n_tokens = 0.0, 0.0
     rows = batch_sharding(program.mesh)
     for batch in held_out.batches():
         loss, n = program.eval_step(params, _put(batch, rows))
         total, n_tokens = total + float(loss), n_tokens + float(n)
-        n_bytes += held_out.bytes_of(batch["target_BT"], batch["weight_BT"])
     if not n_tokens:
         return {}
-    n_bytes = _over_processes(n_bytes)
     loss = total / n_tokens
     found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": int(n_tokens)}
-    return found | ({"eval_bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
+    return found | ({"eval_bits_per_byte": total / math.log(2) / held_out.n_bytes} if held_out.n_bytes else {})
 
-
-def _over_processes(n: int) -> int:
-    """Returns the sum of a number that each process counted in its own rows."""
-    if jax.process_count() == 1:
-        return n
-    from jax.experimental.multihost_utils import process_allgather
-
-    return int(process_allgather(np.int64(n)).sum())

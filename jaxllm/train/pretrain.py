@@ -10,6 +10,7 @@ import time
 
 from jaxllm import config
 from jaxllm.errors import Stopped, UserError
+from jaxllm.parallel.processes import Place, is_first, start, together
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
@@ -20,8 +21,10 @@ def main(cfg: PretrainConfig) -> dict:
         raise UserError("data.sources is empty: give at least one, e.g. --data.sources.books.path=books/")
     cfg = _with_paths(cfg)
     folder = pathlib.Path(cfg.run.dir)
-    with claimed(folder), stopping_at_once():
-        return _run(cfg, folder)
+    with stopping_at_once():
+        place = start(cfg.processes)
+        with claimed(folder) if place is None or place.index == 0 else contextlib.nullcontext():
+            return _run(cfg, folder, place)
 
 
 def _with_paths(cfg: PretrainConfig) -> PretrainConfig:
@@ -52,7 +55,7 @@ def stopping_at_once():
             signal.signal(s, handler)
 
 
-def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
+def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict:
     from jaxllm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
@@ -69,24 +72,27 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
     import jax
 
     from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
-    from jaxllm.partition import make_mesh
+    from jaxllm.partition import make_mesh, row_share
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
     from jaxllm.train.loop import train
     from jaxllm.train.optim import make_optimizer
     from jaxllm.train.state import build
 
-    mesh = make_mesh(cfg.mesh)
+    writes, mesh = is_first(), make_mesh(cfg.mesh)
     program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
-    stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True))
-    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, **where)
-    held_out = ValidationInput(stores, cfg.data, cfg.train.batch_size, cfg.train.eval_rows, **where)
-    begin(cfg, config.to_dict(cfg))
+    stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
+    share = row_share(mesh)
+    rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, *share)
+    held_out = ValidationInput(stores, cfg.data, cfg.train.batch_size, cfg.train.eval_rows, *share)
+    together("settings are checked")  # before the folder changes
+    if writes:
+        begin(cfg, config.to_dict(cfg))
+    together("the run begins")
 
     with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints:
         state, start, incidents = _restore_or_init(program, checkpoints, rows.made_of)
-        with RunLog(folder, steps=steps, start=start, tensorboard=cfg.log.tensorboard) as log:
+        with RunLog(folder, steps=steps, start=start, tensorboard=cfg.log.tensorboard, writes=writes) as log:
             for step, kind, message in incidents:
                 log.incident(step, kind, message)
             if changes and start:
@@ -102,7 +108,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path) -> dict:
                 # the same command would delete what was just saved
                 raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
             log.say("")
-    return _finish(folder, steps, time.perf_counter() - began)
+    return _finish(folder, steps, time.perf_counter() - began, writes)
 
 
 def resolve(cfg: PretrainConfig, tokenizer) -> PretrainConfig:
@@ -202,11 +208,14 @@ def _say_what_runs(cfg, program, rows, run, start):
         run.log.say(line)
 
 
-def _finish(folder: pathlib.Path, steps: int, seconds: float) -> dict:
+def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:
+    page = folder / "report.html"
+    if not writes:
+        return {"run": str(folder), "step": steps, "finished": True, "report": str(page)}
     from jaxllm.report.page import write_page
     from jaxllm.report.read import last_line
 
-    page = write_page([folder], folder / "report.html")
+    write_page([folder], page)
     train, held_out = last_line(folder, "loss"), last_line(folder, "eval_loss")
     print(f"finished: step {steps} in {seconds:.0f} s; curves and samples: {page}", file=sys.stderr)
     told = ("tokens", "loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte")

@@ -19,6 +19,7 @@ from jaxllm.train.flops import parameter_count
 
 PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 NOT_SETTINGS = ("versions", "commit", "parameters")  # what config.yaml tells besides
+NOT_COMPARED = (*NOT_SETTINGS, "processes.")
 OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents.jsonl", "samples.jsonl", "report.html",
         "tokenizer.model", "damaged-checkpoints")
 # What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
@@ -59,7 +60,7 @@ def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
     if cfg.run.overwrite or not (folder / "config.yaml").exists():
         return []
     before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
-    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(NOT_SETTINGS)]
+    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(NOT_COMPARED)]
     changes = {k: f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ}
     blocking = [c for k, c in changes.items() if not k.startswith(MAY_CHANGE)]
     own, given = folder / "tokenizer.model", pathlib.Path(cfg.data.tokenizer)
@@ -88,6 +89,7 @@ def begin(cfg: PretrainConfig, resolved: dict) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         # A run's config.yaml serves as a config: it must not delete the run.
         saved = {**resolved, "run": {**resolved["run"], "overwrite": False}}
+        del saved["processes"]  # of this start and this host only
         write_atomically(folder / "config.yaml", config.to_yaml({**saved, **facts(cfg)}))
         if cfg.data.tokenizer != "bytes":  # the run folder is whole without the original
             own.write_bytes(tokenizer)
