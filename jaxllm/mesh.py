@@ -1,7 +1,7 @@
 """The mesh's axes and their degrees. No jax here: settings are checked before anything heavy is imported."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxllm.errors import UserError
 
@@ -9,10 +9,23 @@ AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")  # slowest link 
 
 
 @dataclass(frozen=True, kw_only=True)
+class DcnConfig:
+    data: int = 1  # slices that are replicas of each other: the degree between them; mesh.data is the one inside of each
+    fsdp: int = 1  # slices that parameters are split over; each step then gathers them over the slow network
+
+    def __post_init__(self):
+        for axis in ("data", "fsdp"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"mesh.dcn.{axis}={getattr(self, axis)}: should be a positive number of slices")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     data: int = -1  # replicas of the model, each with its own rows; -1: the devices that are left
     fsdp: int = 1  # shards of parameters, gradients and optimizer (ZeRO-3), each with its own rows; -1: what is left
     tensor: int = 1  # shards of heads, feed-forward and vocabulary, working on the same rows; -1: what is left
+
+    dcn: DcnConfig = field(default_factory=DcnConfig)  # degrees between slices, which a slower network joins
 
     def __post_init__(self):
         sizes = {a: getattr(self, a) for a in ("data", "fsdp", "tensor")}
@@ -23,15 +36,21 @@ class MeshConfig:
             raise ValueError(f"mesh: only one axis may be -1 (what is left), found {sizes}")
 
 
-def degrees(cfg: MeshConfig, n_devices: int) -> dict[str, int]:
-    """Returns the size of every axis, −1 resolved; raises UserError unless they multiply to `n_devices`."""
+def degrees(cfg: MeshConfig, n_devices: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the size of every axis inside a slice, −1 resolved, and between slices; a mesh axis has their product.
+
+    Raises UserError unless they multiply to `n_devices`.
+    """
+    outer = {axis: getattr(cfg.dcn, axis, 1) for axis in AXES}
     sizes = {axis: getattr(cfg, axis, 1) for axis in AXES}
-    known = math.prod(size for size in sizes.values() if size != -1)
+    slices = math.prod(outer.values())
+    known = math.prod(size for size in sizes.values() if size != -1) * slices
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = max(n_devices // known, 1)
-    need = math.prod(sizes.values())
+    need = math.prod(sizes.values()) * slices
     if need != n_devices:
         shown = {axis: size for axis, size in sizes.items() if size > 1 or axis in ("data", "fsdp", "tensor")}
-        raise UserError(f"mesh {shown} needs {need} devices, found {n_devices}")
-    return sizes
+        between = f" in {slices} slices" if slices > 1 else ""
+        raise UserError(f"mesh {shown}{between} needs {need} devices, found {n_devices}")
+    return sizes, outer

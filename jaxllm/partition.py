@@ -1,8 +1,11 @@
 """Where every array lives: the mesh, the one table from logical to mesh axes, and the placement of a whole tree."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import UserError
@@ -11,6 +14,7 @@ from jaxllm.mesh import AXES, MeshConfig, degrees
 RULES: dict[str, tuple[str, ...] | str | None] = {
     "batch": ("data", "fsdp"),
     "seq": "context",
+    "residual_seq": ("context", "tensor"),  # where norms and residuals are (Korthikanti et al. 2022)
     "act": None,  # width of the residual stream
     "layers": "stage",
     "embed": "fsdp",  # width, in weights
@@ -27,9 +31,23 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """Returns a mesh with every axis of `AXES`; raises UserError when the degrees do not multiply to the devices."""
     devices = jax.devices() if devices is None else devices
-    sizes = degrees(cfg, len(devices))
-    # Auto is spelled out: jax.make_mesh's default became Explicit after 0.7.
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    inner, outer = (tuple(sizes[a] for a in AXES) for sizes in degrees(cfg, len(devices)))
+    slices = [create_device_mesh(inner, part) for part in _slices(devices, int(np.prod(outer)))]
+    # [outer axes, inner axes] -> each axis with its outer part in front
+    n = len(AXES)
+    placed = np.array(slices).reshape(outer + inner).transpose([i for a in range(n) for i in (a, n + a)])
+    # Auto is spelled out: the default became Explicit after jax 0.7.
+    return Mesh(placed.reshape([o * i for o, i in zip(outer, inner, strict=True)]), AXES, axis_types=(AxisType.Auto,) * n)
+
+
+def _slices(devices, n: int) -> list[list]:
+    """Returns the devices of each of n slices; raises UserError when the hardware has another number of them."""
+    found = {getattr(d, "slice_index", 0) for d in devices}
+    if len(found) > 1 and len(found) != n:
+        raise UserError(f"mesh.dcn: its degrees are for {n} slices, found {len(found)}")
+    if len(found) == 1:  # a CPU's or GPU's hosts stand for slices
+        return [list(part) for part in np.array(devices).reshape(n, -1)]
+    return [[d for d in devices if d.slice_index == i] for i in sorted(found)]
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -47,13 +65,17 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Returns `x` placed by its logical axes, on the mesh that `jax.set_mesh` chose; `x` itself where no axis is split."""
+    """Returns `x` placed by its logical axes, on the mesh that `jax.set_mesh` chose; `x` itself where no axis is split.
+
+    A dimension that its mesh axes do not divide, as the one position of a decoded token, is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    entries = [(e,) if isinstance(e, str) else e or () for e in spec(*logical)]
-    kept = [tuple(a for a in e if mesh.shape.get(a, 1) > 1) or None for e in entries]
     if not any(size > 1 for size in mesh.shape.values()):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+    entries = [(e,) if isinstance(e, str) else e or () for e in spec(*logical)]
+    kept = [tuple(a for a in e if mesh.shape.get(a, 1) > 1) or None for e in entries]
+    whole = [e is None or n % math.prod(mesh.shape[a] for a in e) for n, e in zip(x.shape, kept, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None if w else e for w, e in zip(whole, kept, strict=True))))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,12 +6,15 @@ import signal
 import socket
 import threading
 
+import numpy as np
 import pytest
 import runs
 
 from jaxllm.errors import RunError, UserError
+from jaxllm.mesh import DcnConfig, MeshConfig
 from jaxllm.parallel.config import ProcessesConfig
 from jaxllm.parallel.processes import Place, find_place, first_host, meet
+from jaxllm.partition import make_mesh
 
 
 def free_port() -> int:
@@ -203,3 +206,23 @@ def test_a_mistake_gets_one_line(keys, says):
 def test_a_coordinator_without_a_port_is_told():
     with pytest.raises(UserError, match=r"processes\.coordinator='here': should be HOST:PORT"):
         meet(Place("here", 2, 0, "settings"), 1)
+
+
+# ---------------------------------------------------------------- slices
+
+
+def test_the_outer_part_of_an_axis_is_between_slices():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, dcn=DcnConfig(data=2)))
+    slices = np.array([d.id for d in mesh.devices.flat]).reshape(2, 4) // 4  # [data, the rest]: devices 0-3 are one slice
+    assert (slices == [[0] * 4, [1] * 4]).all()
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, dcn=DcnConfig(fsdp=2)))
+    assert dict(mesh.shape) == {"stage": 1, "data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
+    slices = np.array([d.id for d in mesh.devices.flat]).reshape(2, 2, 2) // 4  # [data, fsdp outer, fsdp inner]
+    assert (slices == np.array([0, 1])[None, :, None]).all()
+
+
+def test_slices_that_do_not_multiply_are_told():
+    with pytest.raises(UserError, match=r"in 2 slices needs 12 devices, found 8"):
+        make_mesh(MeshConfig(data=1, fsdp=6, dcn=DcnConfig(data=2)))
+    with pytest.raises(ValueError, match=r"mesh\.dcn\.data=0: should be a positive number of slices"):
+        DcnConfig(data=0)

@@ -68,6 +68,18 @@ def test_the_mesh_does_not_change_the_initial_weights():
     assert toy.worst(states[0], states[1])[0] == 0
 
 
+def test_zero1_splits_the_moments_and_changes_no_result(one_device):
+    _, curve, batches = one_device
+    prog = toy.program(devices=8, data=4, tensor=2, optim=OptimConfig(lr=1e-3, schedule="constant", zero1=True))
+    state, losses = toy.run(prog, batches)
+    np.testing.assert_allclose(losses, curve, rtol=1e-5)
+
+    def bytes_here(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree) if x.ndim > 1)
+
+    assert bytes_here(state.opt_state) == 2 * bytes_here(state.params) / 4  # two moments, over four replicas
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_micro_batches_make_the_step_of_one_batch(micro_batches):
     batches = [toy.batch(seed=i) for i in range(3)]

@@ -13,6 +13,7 @@ REMAT = {  # name -> what jax.checkpoint keeps; "none" keeps everything and is n
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+RESIDUAL = ("batch", "residual_seq", "act")
 
 
 class Block(nnx.Module):
@@ -27,9 +28,9 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, angles, attend, cache=None, key=None):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), angles, attend, cache)
-        x_BTD += dropout(y_BTD, self.dropout, attn_key)
+        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, attn_key), *RESIDUAL)
         x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key)
-        return constrain(x_BTD, "batch", "seq", "act"), cache
+        return constrain(x_BTD, *RESIDUAL), cache
 
 
 class Trunk(nnx.Module):
@@ -53,7 +54,7 @@ class Trunk(nnx.Module):
     def embed(self, token_BT):
         # The width is gathered first: a table split both ways cannot be looked up without copying all of it.
         table_VD = constrain(self.embed_VD[...], "vocab", None)
-        return constrain(table_VD[token_BT], "batch", "seq", "act")
+        return constrain(table_VD[token_BT], *RESIDUAL)
 
     def angles(self, pos_BT):
         """Returns what every layer rotates queries and keys by; None without rotary positions."""

@@ -62,6 +62,7 @@ class OptimConfig:
     eps: float = 1e-8  # adamw: added to the root of the squared gradient's mean
     weight_decay: float = 0.1  # decoupled, times the learning rate; not on norms, biases and embeddings
     decay_embeddings: bool = False  # decay the embedding too
+    zero1: bool = False  # split the optimizer's state over mesh.data too, though parameters are whole there (ZeRO-1)
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     # how the rate goes after the warm-up; plateau: falls by `factor` when the loss has not fallen for `patience` steps
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential", "plateau"] = "cosine"

@@ -16,6 +16,7 @@ from jaxllm.train.schedules import make_schedule
 class Optimizer(NamedTuple):
     tx: optax.GradientTransformationExtraArgs
     rate: Callable  # (step, opt_state) -> the learning rate that the update at `step` used
+    zero1: bool  # whether its state is split over replicas of the parameters
 
 
 def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
@@ -28,10 +29,10 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
     # Identities keep the places of what is off, so that the state of a run fits when clipping or decay is turned on or off.
     parts = [optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(), _rule(cfg, schedule)]
     if cfg.schedule != "plateau":
-        return Optimizer(optax.with_extra_args_support(optax.chain(*parts)), lambda step, opt_state: schedule(step))
+        return Optimizer(optax.with_extra_args_support(optax.chain(*parts)), lambda step, opt_state: schedule(step), cfg.zero1)
     parts += [reduce_on_plateau(cfg.factor, cfg.patience, rtol=cfg.threshold, min_scale=cfg.final)]
     tx = optax.chain(*parts)
-    return Optimizer(tx, lambda step, opt_state: schedule(step) * opt_state[-1].scale)
+    return Optimizer(tx, lambda step, opt_state: schedule(step) * opt_state[-1].scale, cfg.zero1)
 
 
 def _rule(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

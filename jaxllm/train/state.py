@@ -1,6 +1,7 @@
 """The state of a run, born sharded, and where each part of it lives."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
@@ -62,7 +63,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, form, rngs=nnx.Rngs(0))))
     abstract = jax.eval_shape(init, jnp.uint32(0))
     check_divides(abstract.params, mesh)
-    placed = place(abstract, mesh)
+    placed = place(abstract, mesh, zero1=optimizer.zero1)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
     objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
     step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches),
@@ -75,8 +76,11 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     )
 
 
-def place(abstract: TrainState, mesh: Mesh) -> TrainState:
-    """Returns the sharding of every leaf: a moment lives where its parameter lives, all else is everywhere."""
+def place(abstract: TrainState, mesh: Mesh, *, zero1: bool = False) -> TrainState:
+    """Returns the sharding of every leaf: a moment lives where its parameter lives, all else is everywhere.
+
+    With `zero1` a moment is besides split over the `data` axis (Rajbhandari et al. 2020, ZeRO stage 1).
+    """
     params, everywhere = shardings(abstract.params, mesh), replicated(mesh)
     leaf_path = jax.tree_util.tree_leaves_with_path
     by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in
@@ -86,11 +90,24 @@ def place(abstract: TrainState, mesh: Mesh) -> TrainState:
         for start in range(len(path)):
             shape, sharding = by_path.get(tuple(path[start:]), (None, None))
             if shape == leaf.shape:
-                return sharding
+                return split_over_data(sharding, shape) if zero1 else sharding
         return everywhere
 
     opt_state = jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state)
     return TrainState(everywhere, params, opt_state, everywhere)
+
+
+def split_over_data(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns a placement that splits the largest dimension which divides by it over `data` too; the same where none does."""
+    mesh, n = sharding.mesh, sharding.mesh.shape["data"]
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in sharding.spec]
+    entries += [()] * (len(shape) - len(entries))
+    local = [size // math.prod(mesh.shape[a] for a in e) for size, e in zip(shape, entries, strict=True)]
+    dividing = [i for i, size in enumerate(local) if size % n == 0]
+    if dividing:
+        largest = max(dividing, key=local.__getitem__)
+        entries[largest] += ("data",)
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def compute_dtype(precision: str, platform: str):
