@@ -15,8 +15,12 @@ from jaxllm.train.step import Objective, loss_sum
 MESHES = {
     "data8": {"data": 8}, "fsdp8": {"fsdp": 8}, "tensor2": {"tensor": 2, "devices": 2},
     "data2 fsdp2 tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp2 context2 tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
+    "context4 ring": {"context": 4, "devices": 4, "context_attention": "ring"},
 }
-PAIRS = {"data2 fsdp4": {"data": 2, "fsdp": 4}, "data4 tensor2": {"data": 4, "tensor": 2}, "fsdp4 tensor2": {"fsdp": 4, "tensor": 2}}
+PAIRS = {"data2 fsdp4": {"data": 2, "fsdp": 4}, "data4 tensor2": {"data": 4, "tensor": 2}, "fsdp4 tensor2": {"fsdp": 4, "tensor": 2},
+         "context2": {"context": 2, "devices": 2}, "data2 context4": {"data": 2, "context": 4},
+         "fsdp2 context2 tensor2 ring": {"fsdp": 2, "context": 2, "tensor": 2, "context_attention": "ring"}}
 
 
 def loss_and_grads(prog, batch, model=toy.MODEL, key=None):

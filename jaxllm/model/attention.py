@@ -22,22 +22,30 @@ def dense_masked(q_BTNH, k_BTKH, v_BTKH, doc_BT=None, *, window: int | None = No
     )
 
 
+def dense_at(q_BTNH, k_BSKH, v_BSKH, doc_BT, doc_BS, *, window: int | None = None):
+    """Attends from the last T of S positions with the whole [T, S] mask."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    place_T1, place_1S = jnp.arange(S - T, S)[:, None], jnp.arange(S)[None]
+    seen_TS = place_1S <= place_T1
+    if window is not None:
+        seen_TS &= place_1S > place_T1 - window
+    mask_BNTS = (seen_TS[None] & (doc_BT[:, :, None] == doc_BS[:, None, :]))[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS)
+
+
 def splash(q_BTNH, k_BTKH, v_BTKH, doc_BT=None, *, window: int | None = None):
     """Attends with the splash kernel (Pallas, TPU only), each device on its own rows and heads.
 
     The kernel wants blocks of 128 positions: other lengths take `dense_masked`.
     """
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    T = q_BTNH.shape[1]
     if T % LANES:
         return dense_masked(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=window)
     if doc_BT is None:
         doc_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
 
     def local(q_BTNH, k_BTKH, v_BTKH, doc_BT):
-        kernel = _splash_kernel(q_BTNH.shape[2], T, window)
-        q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
-        o_BNTH = jax.vmap(lambda q, k, v, doc: kernel(q, k, v, _segments(doc)))(q_BNTH, k_BKTH, v_BKTH, doc_BT)
-        return o_BNTH.swapaxes(1, 2)
+        return splash_at(q_BTNH, k_BTKH, v_BTKH, doc_BT, doc_BT, window=window)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -47,20 +55,30 @@ def splash(q_BTNH, k_BTKH, v_BTKH, doc_BT=None, *, window: int | None = None):
                          check_vma=False)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
 
 
-def _segments(doc_T):
+def splash_at(q_BTNH, k_BSKH, v_BSKH, doc_BT, doc_BS, *, window: int | None = None):
+    """Attends from the last T of S positions with the splash kernel, on one device; both must be multiples of 128."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    return splash_attention_kernel.SegmentIds(q=doc_T, kv=doc_T)
+    (_, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    if T % LANES or S % LANES:
+        return dense_at(q_BTNH, k_BSKH, v_BSKH, doc_BT, doc_BS, window=window)
+    kernel = _splash_kernel(N, T, S, window)
+    q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
+
+    def one_row(q_NTH, k_KSH, v_KSH, doc_T, doc_S):
+        return kernel(q_NTH, k_KSH, v_KSH, splash_attention_kernel.SegmentIds(q=doc_T, kv=doc_S))
+
+    return jax.vmap(one_row)(q_BNTH, k_BKSH, v_BKSH, doc_BT, doc_BS).swapaxes(1, 2)
 
 
-def _splash_kernel(n_heads: int, T: int, window: int | None):
+def _splash_kernel(n_heads: int, T: int, S: int, window: int | None):
     # Imported here: Pallas takes a second to import, and only TPU programs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    one = splash_attention_mask.CausalMask((T, T))
+    one = splash_attention_mask.CausalMask((T, S), offset=S - T)
     if window is not None:
-        one = splash_attention_mask.LocalMask((T, T), (window - 1, 0), 0)
-    block = next(b for b in (512, 256, 128) if T % b == 0)
+        one = splash_attention_mask.LocalMask((T, S), (window - 1, 0), S - T)
+    block = next(b for b in (512, 256, 128) if T % b == 0 and S % b == 0)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,

@@ -7,31 +7,34 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
-from jaxllm.model.attention import dense_masked, splash
+from jaxllm.model.attention import dense_at, dense_masked, splash, splash_at
 from jaxllm.model.attention_cpu import causal_chunked
 
 
 @dataclasses.dataclass(frozen=True)
 class Formulation:
     attention: Callable  # (q_BTNH, k_BTKH, v_BTKH, doc_BT, *, window) -> o_BTNH
+    attention_at: Callable  # (q_BTNH, k_BSKH, v_BSKH, doc_BT, doc_BS, *, window): the queries are the last T of S positions
     unroll: bool  # layers one after the other in the program, instead of one scanned body
     flatten: bool  # [B, T] merged into one axis before each matmul
+    context: int = 1  # parts of a sequence that are on different devices
+    split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
     remat: str = "none"  # what the backward pass computes again: none, dots (all but matmul results), full
 
 
 PLATFORMS = {
     # XLA's CPU matmuls are 25-32 % faster on 2-d operands, and unrolled layers save 12-20 % (docs/LOG.md)
-    "cpu": Formulation(attention=causal_chunked, unroll=True, flatten=True),
+    "cpu": Formulation(attention=causal_chunked, attention_at=dense_at, unroll=True, flatten=True),
     # scan: compile time does not grow with depth
-    "tpu": Formulation(attention=splash, unroll=False, flatten=False),
-    "gpu": Formulation(attention=dense_masked, unroll=False, flatten=False),
+    "tpu": Formulation(attention=splash, attention_at=splash_at, unroll=False, flatten=False),
+    "gpu": Formulation(attention=dense_masked, attention_at=dense_at, unroll=False, flatten=False),
 }
 
 
-def for_platform(platform: str, *, remat: str = "none", context: int = 1) -> Formulation:
-    """Returns the formulation of a mesh's platform; flattening is off when the sequence axis is split."""
-    chosen = PLATFORMS.get(platform, PLATFORMS["gpu"])
-    return dataclasses.replace(chosen, remat=remat, flatten=chosen.flatten and context == 1)
+def for_platform(platform: str, *, remat: str = "none") -> Formulation:
+    """Returns the formulation of a mesh's platform."""
+    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat)
 
 
-REFERENCE = Formulation(attention=partial(dense_masked, implementation="xla"), unroll=False, flatten=False)
+REFERENCE = Formulation(attention=partial(dense_masked, implementation="xla"), attention_at=dense_at, unroll=False,
+                        flatten=False)

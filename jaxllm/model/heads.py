@@ -22,9 +22,13 @@ class LanguageModel(nnx.Module):
         return self.trunk.embed_VD[...].T if self.out_DV is None else self.out_DV[...]
 
     def hidden(self, token_BT, pos_BT, doc_BT=None, key=None) -> jax.Array:
-        """Returns x_BTD, documents kept apart; `key` turns dropout on. Logits are x_BTD @ head_DV(), never made here."""
+        """Returns x_BTD, documents kept apart; `key` turns dropout on. Logits are x_BTD @ head_DV(), never made here.
+
+        On a mesh that splits the sequence the positions stand as parallel/context.py orders them.
+        """
 
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
-            return self.trunk.form.attention(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.window), cache
+            body = self.trunk.form.split_attention or self.trunk.form.attention
+            return body(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.window), cache
 
         return self.trunk(token_BT, pos_BT, attend, key=key)[0]

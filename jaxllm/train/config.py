@@ -31,6 +31,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # what the backward pass computes again instead of keeping: none of it, all but matmul results (dots), or all (full)
     remat: Literal["none", "dots", "full"] = "none"
+    # attention of a sequence that mesh.context splits: keys and values of all devices brought to each, or passed around
+    context_attention: Literal["gather", "ring"] = "gather"
     loss_chunk: int = 128  # positions of a sequence whose logits are held at once
     z_loss: float = 0.0  # weight of the squared log-normaliser, which keeps logits small (PaLM: 1e-4)
     label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary

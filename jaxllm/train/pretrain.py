@@ -72,6 +72,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     import jax
 
     from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
+    from jaxllm.parallel.context import check_length
     from jaxllm.partition import make_mesh, row_share
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
@@ -80,6 +81,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     from jaxllm.train.state import build
 
     writes, mesh = is_first(), make_mesh(cfg.mesh)
+    check_length(cfg.data.seq_len, mesh)
     program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)

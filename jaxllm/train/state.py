@@ -15,6 +15,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
+from jaxllm.parallel.context import over_context
 from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.optim import Optimizer
@@ -48,7 +49,9 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     Raises UserError when the mesh does not divide a parameter, the batch, or a part of the batch.
     """
     platform = mesh.devices.flat[0].platform
-    form = for_platform(platform, remat=train.remat, context=mesh.shape["context"])
+    form = for_platform(platform, remat=train.remat)
+    if mesh.shape["context"] > 1:
+        form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
 

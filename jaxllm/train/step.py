@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxllm.parallel.context import balance
 from jaxllm.train.loss import next_token_loss
 from jaxllm.train.optim import Optimizer, finite_leaves
 
@@ -28,6 +29,8 @@ def loss_sum(objective: Objective, params, batch, key=None):
     # The only cast: compute runs in `dtype`, gradients come back in float32.
     params = jax.tree.map(lambda p: p.astype(objective.dtype), params)
     model = nnx.merge(objective.graph, params)
+    if (n := model.trunk.form.context) > 1:
+        batch = balance(batch, n)
     x_BTD = model.hidden(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key)
     return next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
                            z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
