@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -12,6 +14,7 @@ from flax import nnx
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import PLATFORMS, REFERENCE, Formulation
 from jaxllm.model.heads import LanguageModel
+from jaxllm.model.layers import gated, rope, rotation
 
 FORMS = {"cpu": PLATFORMS["cpu"], "reference": REFERENCE, "cpu scanned": dataclasses.replace(PLATFORMS["cpu"], unroll=False),
          "cpu unflattened": dataclasses.replace(PLATFORMS["cpu"], flatten=False)}
@@ -78,6 +81,20 @@ def test_every_formulation_computes_the_same(change, form):
     got, want = logits(cfg, FORMS[form], batch)[0], logits(cfg, REFERENCE, batch)[0]
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert np.abs(want - logits(toy.MODEL, REFERENCE, batch)[0]).max() > 1e-3  # the knob does something
+
+
+def test_own_derivatives_are_those_of_the_formulas():
+    x_BTNH, d_BTNH, other_BTNH = (jax.random.normal(jax.random.key(i), (2, 6, 3, 8)) for i in range(3))
+    angles = rotation(jnp.arange(6)[None].repeat(2, 0), 4, 100.0, 6)
+    for own, *given in ((lambda x: rope(x, *angles), x_BTNH), (partial(gated, jax.nn.silu), x_BTNH, other_BTNH)):
+        plain = {1: lambda x: rope.__wrapped__(x, *angles), 2: lambda gate, up: jax.nn.silu(gate) * up}[len(given)]
+        for ours, theirs in zip(jax.vjp(own, *given)[1](d_BTNH), jax.vjp(plain, *given)[1](d_BTNH), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_position_beyond_the_longest_is_not_taken_for_another():
+    cos_BTH, _ = rotation(jnp.array([[5, 6]]), 4, 100.0, 6)
+    assert np.isfinite(cos_BTH[0, 0]).all() and np.isnan(cos_BTH[0, 1]).all()
 
 
 def test_rope_only_sees_differences_of_positions():
