@@ -51,7 +51,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     entries = [(e,) if isinstance(e, str) else e or () for e in spec(*logical)]
     kept = [tuple(a for a in e if mesh.shape.get(a, 1) > 1) or None for e in entries]
-    if not any(size > 1 for size in mesh.shape.values()):
+    if not any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
 

@@ -23,8 +23,14 @@ class LanguageModel(nnx.Module):
 
     def hidden(self, token_BT, pos_BT, doc_BT=None, key=None) -> jax.Array:
         """Returns x_BTD, documents kept apart; `key` turns dropout on. Logits are x_BTD @ head_DV(), never made here."""
+        return self.trunk(token_BT, pos_BT, self._attend(doc_BT), key=key)[0]
 
+    def layers(self, x_BTD, pos_BT, doc_BT, key_L=None) -> jax.Array:
+        """Returns the residual stream after the layers that are here: in a pipeline, those of one stage."""
+        return self.trunk.blocks(x_BTD, pos_BT, self._attend(doc_BT), key_L=key_L)[0]
+
+    def _attend(self, doc_BT):
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
             return self.trunk.form.attention(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.window), cache
 
-        return self.trunk(token_BT, pos_BT, attend, key=key)[0]
+        return attend

@@ -17,7 +17,8 @@ from jaxllm.model.heads import LanguageModel
 from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.optim import Optimizer
-from jaxllm.train.step import Objective, eval_step, train_step
+from jaxllm.train.stages import pipelined, schedule_of
+from jaxllm.train.step import Objective, accumulated, eval_step, train_step
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +51,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     form = for_platform(platform, remat=train.remat, context=mesh.shape["context"])
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
+    schedule = schedule_of(model, train, mesh.shape["stage"])
 
     def make_params(seed):
         return nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
@@ -65,7 +67,10 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     placed = place(abstract, mesh)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
     objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
-    step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches),
+    loss_and_grads = partial(accumulated, objective, train.micro_batches)
+    if schedule is not None:
+        loss_and_grads = pipelined(objective, schedule, mesh, abstract.params)
+    step = jax.jit(partial(train_step, objective, optimizer, loss_and_grads),
                    in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
     return Program(

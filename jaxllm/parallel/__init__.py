@@ -1,0 +1,1 @@
+"""Work split over devices beyond what automatic sharding does: pipeline schedules and the program that runs them."""
