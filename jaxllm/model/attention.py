@@ -40,11 +40,12 @@ def splash(q_BTNH, k_BTKH, v_BTKH, doc_BT=None, *, window: int | None = None):
         return o_BNTH.swapaxes(1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    free = {axis for axis in mesh.axis_names if axis not in mesh.manual_axes}  # a pipeline's stage axis is taken already
+    if not free:
         return local(q_BTNH, k_BTKH, v_BTKH, doc_BT)
     heads = spec("batch", None, "kv_heads", None)
     return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(*spec("batch"), None)), out_specs=heads,
-                         check_vma=False)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
+                         axis_names=free, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
 
 
 def _segments(doc_T):
