@@ -40,7 +40,8 @@ class Schedule:
 
     def when(self) -> dict[tuple[str, int, int], int]:
         """Returns {(kind, micro-batch, virtual stage): tick}."""
-        return {(op.kind, op.micro, self.virtual(s, op)): t for t, row in enumerate(self.rows) for s, op in enumerate(row) if op}
+        cells = ((t, s, op) for t, row in enumerate(self.rows) for s, op in enumerate(row) if op)
+        return {(op.kind, op.micro, self.virtual(s, op)): t for t, s, op in cells}
 
     def idle(self) -> Fraction:
         """Returns the share of cells without work: the bubble."""
@@ -130,7 +131,7 @@ KINDS = {
                         lambda p, m, v: [min(2 * (p - 1 - s) + (v - 1) * p + 1, m * v) for s in range(p)]),
     # With forward, input and weight parts of equal length the paper's bubble (p-1)(F + I - W) is p-1 ticks
     "zero_bubble": Kind(zero_bubble, lambda p, m, v: Fraction(p - 1 + max(p - m, 0), 3 * m + p - 1 + max(p - m, 0)),
-                        "(p-1)/(3*m+p-1)", lambda p, m, v: [min(p, m)] * p),
+                        "b/(3*m+b), b = p-1+max(p-m, 0),", lambda p, m, v: [min(p, m)] * p),
 }
 
 
@@ -145,11 +146,12 @@ def check(name: str, stages: int, micro_batches: int, virtual_stages: int) -> No
     """Raises UserError, in one line, when no such table exists."""
     if name not in KINDS:
         near = difflib.get_close_matches(name, KINDS, 1)
-        raise UserError(f"schedule {name!r}: should be one of {', '.join(KINDS)}{f'; did you mean {near[0]!r}?' if near else ''}")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"schedule {name!r}: should be one of {', '.join(KINDS)}{hint}")
     if stages < 2:
         raise UserError(f"schedule {name!r}: a pipeline needs at least 2 stages, found {stages}")
     if name == "interleaved" and virtual_stages < 2:
-        raise UserError(f"schedule 'interleaved' needs virtual_stages of 2 or more, found {virtual_stages}; with 1 it is '1f1b'")
+        raise UserError(f"schedule 'interleaved' needs virtual_stages of 2 or more, found {virtual_stages}; 1 is '1f1b'")
     if name != "interleaved" and virtual_stages != 1:
         raise UserError(f"virtual_stages={virtual_stages}: schedule {name!r} has 1 a stage; 'interleaved' takes more")
     if name == "interleaved" and micro_batches % stages:

@@ -49,8 +49,8 @@ def lower(schedule: Schedule) -> Table:
                 continue
             v = schedule.virtual(s, op)
             idle = op.kind == FORWARD and v == last
-            cell = {"op": 0 if idle else CODES[op.kind], "micro": op.micro, "chunk": op.chunk, "first": v == 0, "last": v == last,
-                    "x": x_slot.get((v, op.micro), 0), "g": g_slot.get((v, op.micro), 0)}
+            cell = {"op": 0 if idle else CODES[op.kind], "micro": op.micro, "chunk": op.chunk, "first": v == 0,
+                    "last": v == last, "x": x_slot.get((v, op.micro), 0), "g": g_slot.get((v, op.micro), 0)}
             for name, value in cell.items():
                 columns[name][t, s] = value
     for name, waits, slots in (("x_arrives", x_waits, x_slot), ("g_arrives", g_waits, g_slot)):

@@ -24,7 +24,8 @@ OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents
 # What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
 MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.micro_batches", "train.remat",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
-              "train.sample.", "optim.lr", "optim.final", "optim.weight_decay", "optim.clip", "checkpoint.", "log.", "mesh.",
+              "train.sample.", "train.pipeline", "train.virtual_stages",
+              "optim.lr", "optim.final", "optim.weight_decay", "optim.clip", "checkpoint.", "log.", "mesh.",
               "data.cache", "data.workers", "data.sources.")
 
 

@@ -14,10 +14,14 @@ from jaxllm.train.loss import next_token_loss
 from jaxllm.train.step import Objective, micro_key, split
 
 
-def schedule_of(model: ModelConfig, train: TrainConfig, stages: int) -> Schedule | None:
+def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule | None:
     """Returns the table of a run, None without a pipeline; raises UserError when layers or micro-batches do not fit."""
+    stages = mesh.shape["stage"]
     if stages == 1:
         return None
+    if mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] > 1 and jax.__version_info__ < (0, 10):
+        raise UserError(f"mesh.stage={stages} with both mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']} "
+                        f"needs jax 0.10 or newer, found {jax.__version__}; with one of the two it runs")
     v = train.virtual_stages
     try:
         schedule = make(train.pipeline, stages, train.micro_batches, v)

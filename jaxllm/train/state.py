@@ -51,7 +51,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     form = for_platform(platform, remat=train.remat, context=mesh.shape["context"])
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
-    schedule = schedule_of(model, train, mesh.shape["stage"])
+    schedule = schedule_of(model, train, mesh)
 
     def make_params(seed):
         return nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
