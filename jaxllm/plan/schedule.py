@@ -8,7 +8,8 @@ from jaxllm.parallel.schedule import BACKWARD, FORWARD, INPUT, KINDS, WEIGHT, Op
 from jaxllm.plan.config import ScheduleVerb
 
 COLORS = {FORWARD: "#4c78c8", BACKWARD: "#59a14f", INPUT: "#7fbf6b", WEIGHT: "#e09f3e", None: "#eceef0"}
-MEANINGS = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward by the input", WEIGHT: "backward by the weights", None: "idle"}
+MEANINGS = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward by the input", WEIGHT: "backward by the weights",
+            None: "idle"}
 FORMATS = (".svg", ".png", ".pdf")
 
 
