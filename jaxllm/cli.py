@@ -38,6 +38,9 @@ VERBS = {
                    "write one HTML page of curves, samples and settings", takes="runs"),
     "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
+    "plan schedule": Verb("jaxllm.plan.config:ScheduleVerb", "jaxllm.plan.schedule:main",
+                          "plan schedule --stages=4 --micro_batches=8 --schedule=1f1b",
+                          "draw which pipeline stage computes what at which tick", takes="nothing"),
     "doctor": Verb("jaxllm.report.config:DoctorVerb", "jaxllm.doctor:main", "doctor",
                    "say what this machine has, what is missing, and how to mend it", takes="nothing"),
 }

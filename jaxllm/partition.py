@@ -70,12 +70,33 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     A dimension that its mesh axes do not divide, as the one position of a decoded token, is left whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not any(size > 1 for size in mesh.shape.values()):
+    free = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+    if not free:
         return x
     entries = [(e,) if isinstance(e, str) else e or () for e in spec(*logical)]
-    kept = [tuple(a for a in e if mesh.shape.get(a, 1) > 1) or None for e in entries]
-    whole = [e is None or n % math.prod(mesh.shape[a] for a in e) for n, e in zip(x.shape, kept, strict=True)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None if w else e for w, e in zip(whole, kept, strict=True))))
+    kept = [tuple(a for a in e if a in free) for e in entries]
+    kept = [e if e and n % math.prod(free[a] for a in e) == 0 else None for n, e in zip(x.shape, kept, strict=True)]
+    try:
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+    except NotImplementedError:  # jax 0.7 has no constraints where shard_map is manual over some axes: the compiler places
+        if not mesh.manual_axes:
+            raise
+        return x
+
+
+def on_each_device(local, in_axes, out_axes):
+    """Returns `local` run by every device on its own part of arrays with these logical axes, over the mesh axes that no
+    caller has taken already (a pipeline takes `stage`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {axis for axis in mesh.axis_names if axis not in mesh.manual_axes}
+    if not free:
+        return local
+
+    def part(axes):
+        entries = [(e,) if isinstance(e, str) else e or () for e in spec(*axes)]
+        return PartitionSpec(*(tuple(a for a in e if a in free) or None for e in entries))
+
+    return jax.shard_map(local, in_specs=tuple(map(part, in_axes)), out_specs=part(out_axes), axis_names=free, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

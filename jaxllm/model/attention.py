@@ -6,9 +6,8 @@ its own document, the latest `window` of them if a window is given. Softmax is f
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jaxllm.partition import spec
+from jaxllm.partition import on_each_device
 
 LANES = 128  # splash attention's blocks are multiples of the TPU's vector lanes
 
@@ -47,12 +46,8 @@ def splash(q_BTNH, k_BTKH, v_BTKH, doc_BT=None, *, window: int | None = None):
     def local(q_BTNH, k_BTKH, v_BTKH, doc_BT):
         return splash_at(q_BTNH, k_BTKH, v_BTKH, doc_BT, doc_BT, window=window)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(q_BTNH, k_BTKH, v_BTKH, doc_BT)
-    heads = spec("batch", None, "kv_heads", None)
-    return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(*spec("batch"), None)), out_specs=heads,
-                         check_vma=False)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
+    heads = "batch", None, "kv_heads", None
+    return on_each_device(local, (heads, heads, heads, ("batch", None)), heads)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
 
 
 def splash_at(q_BTNH, k_BSKH, v_BSKH, doc_BT, doc_BS, *, window: int | None = None):

@@ -26,9 +26,15 @@ class LanguageModel(nnx.Module):
 
         On a mesh that splits the sequence the positions stand as parallel/context.py orders them.
         """
+        return self.trunk(token_BT, pos_BT, self._attend(doc_BT), key=key)[0]
 
+    def layers(self, x_BTD, pos_BT, doc_BT, key_L=None) -> jax.Array:
+        """Returns the residual stream after the layers that are here: in a pipeline, those of one stage."""
+        return self.trunk.blocks(x_BTD, pos_BT, self._attend(doc_BT), key_L=key_L)[0]
+
+    def _attend(self, doc_BT):
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
             body = self.trunk.form.split_attention or self.trunk.form.attention
             return body(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.window), cache
 
-        return self.trunk(token_BT, pos_BT, attend, key=key)[0]
+        return attend

@@ -48,7 +48,8 @@ class Trunk(nnx.Module):
         self.norm = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps)
 
     def __call__(self, token_BT, pos_BT, attend, cache_L=None, key=None):
-        x_BTD, cache_L = self.blocks(self.embed(token_BT), pos_BT, attend, cache_L, key)
+        key_L = None if key is None else jax.random.split(key, self.n_layers)
+        x_BTD, cache_L = self.blocks(self.embed(token_BT), pos_BT, attend, cache_L, key_L)
         return self.norm(x_BTD), cache_L
 
     def embed(self, token_BT):
@@ -61,11 +62,11 @@ class Trunk(nnx.Module):
         cfg = self.cfg
         return rotation(pos_BT, cfg.head_dim // 2, cfg.rope_theta, cfg.max_seq_len) if cfg.position == "rope" else None
 
-    def blocks(self, x_BTD, pos_BT, attend, cache_L=None, key=None):
-        """Runs the layers; returns the residual stream and the caches, stacked as they came."""
+    def blocks(self, x_BTD, pos_BT, attend, cache_L=None, key_L=None):
+        """Runs the layers, all of them or those that a pipeline's stage holds; returns the residual stream and the caches,
+        stacked as they came."""
         graph, stacked = nnx.split(self.blocks_L)
         angles = self.angles(pos_BT)
-        key_L = None if key is None else jax.random.split(key, self.n_layers)
 
         def layer(x_BTD, xs):
             params, cache, key = xs
@@ -76,7 +77,7 @@ class Trunk(nnx.Module):
         if not self.form.unroll:
             return jax.lax.scan(layer, x_BTD, (stacked, cache_L, key_L))
         caches = []
-        for xs in unstack((stacked, cache_L, key_L), self.n_layers):
+        for xs in unstack((stacked, cache_L, key_L), jax.tree.leaves(stacked)[0].shape[0]):
             x_BTD, cache = layer(x_BTD, xs)
             caches.append(cache)
         return x_BTD, None if cache_L is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)

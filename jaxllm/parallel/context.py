@@ -14,10 +14,12 @@ import numpy as np
 
 from jaxllm.errors import UserError
 from jaxllm.model.formulation import Formulation
-from jaxllm.partition import spec
+from jaxllm.partition import on_each_device
 
 AXIS = "context"
 MASKED = -1e30  # not -inf, which would turn a row of masked scores into NaN
+HEADS = "batch", "seq", "kv_heads", None
+PARTS = (HEADS, HEADS, HEADS, ("batch", "seq")), HEADS  # axes of q, k, v and the document ids, and of the result
 
 
 def over_context(form: Formulation, n: int, method: str) -> Formulation:
@@ -42,6 +44,8 @@ def order(T: int, n: int) -> np.ndarray:
 
 def balance(batch: dict, n: int) -> dict:
     """Returns a batch of [B, T] arrays whose positions stand as the devices hold them; a sum over positions is the same."""
+    if n == 1:
+        return batch
     T = batch["token_BT"].shape[1]
     return {name: x_BT[:, order(T, n)] for name, x_BT in batch.items()}
 
@@ -67,7 +71,7 @@ def gathered(n: int, attention_at, q_BTNH, k_BTKH, v_BTKH, doc_BT, *, window=Non
         return jax.lax.switch(jax.lax.axis_index(AXIS), [on_device(i) for i in range(n)])
 
     # Computed again in the backward: the branches' intermediates would be kept side by side, n times as many.
-    return _on_each_device(jax.checkpoint(local), q_BTNH, k_BTKH, v_BTKH, doc_BT)
+    return on_each_device(jax.checkpoint(local), *PARTS)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
 
 
 def ring(n: int, q_BTNH, k_BTKH, v_BTKH, doc_BT, *, window=None):
@@ -104,7 +108,7 @@ def ring(n: int, q_BTNH, k_BTKH, v_BTKH, doc_BT, *, window=None):
         ((o_BTKGH, _, sum_BTKG), _), _ = jax.lax.scan(jax.checkpoint(step), (nothing, (k_BTKH, v_BTKH, doc_BT)), jnp.arange(n))
         return (o_BTKGH / sum_BTKG[..., None]).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
-    return _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, doc_BT)
+    return on_each_device(local, *PARTS)(q_BTNH, k_BTKH, v_BTKH, doc_BT)
 
 
 def _partial(q_BTKGH, doc_BT, place_T, k_BSKH, v_BSKH, doc_BS, place_S, window):
@@ -139,9 +143,3 @@ def _merge(a, b):
     top = jnp.maximum(max_a, max_b)
     of_a, of_b = jnp.exp(max_a - top), jnp.exp(max_b - top)
     return o_a * of_a[..., None] + o_b * of_b[..., None], top, sum_a * of_a + sum_b * of_b
-
-
-def _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, doc_BT):
-    heads = spec("batch", "seq", "kv_heads", None)
-    run = jax.shard_map(local, in_specs=(heads, heads, heads, spec("batch", "seq")), out_specs=heads, check_vma=False)
-    return run(q_BTNH, k_BTKH, v_BTKH, doc_BT)

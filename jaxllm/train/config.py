@@ -27,6 +27,9 @@ class TrainConfig:
     tokens: int | None = None  # length in tokens instead of steps
     batch_size: int = 32  # sequences a step, over all devices
     micro_batches: int = 1  # parts a batch is computed in, one after the other: less memory, the same step
+    # with mesh.stage > 1: the order in which stages work on the micro-batches (`jaxllm plan schedule` draws it)
+    pipeline: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    virtual_stages: int = 1  # interleaved: pieces of the model that each stage holds
     # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # what the backward pass computes again instead of keeping: none of it, all but matmul results (dots), or all (full)
@@ -43,7 +46,7 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_tokens=64))
 
     def __post_init__(self):
-        for name in ("steps", "tokens", "batch_size", "micro_batches", "loss_chunk"):
+        for name in ("steps", "tokens", "batch_size", "micro_batches", "virtual_stages", "loss_chunk"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
         for name in ("z_loss", "eval_every", "eval_rows", "sample_every"):

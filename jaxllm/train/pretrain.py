@@ -201,6 +201,7 @@ def _say_what_runs(cfg, program, rows, run, start):
     for line in (
         f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
+        *_pipeline(cfg, program),
         f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
@@ -208,6 +209,20 @@ def _say_what_runs(cfg, program, rows, run, start):
         "compiling the step",
     ):
         run.log.say(line)
+
+
+def _pipeline(cfg, program):
+    """Returns what is to be said of the pipeline, if there is one."""
+    from jaxllm.parallel.schedule import too_few
+    from jaxllm.train.stages import schedule_of
+
+    schedule = schedule_of(cfg.model, cfg.train, program.mesh)
+    if schedule is None:
+        return []
+    said = [f"pipeline: {schedule.name}, {schedule.stages} stages, {schedule.micro_batches} micro-batches, "
+            f"{float(schedule.idle()):.1%} of the ticks idle (`jaxllm plan schedule` draws them)"]
+    warning = too_few(schedule)
+    return [*said, f"! train.micro_batches: {warning}"] if warning else said
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:

@@ -26,8 +26,8 @@ OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents
 MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.micro_batches", "train.remat",
               "train.context_attention",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
-              "train.sample.", "optim.lr", "optim.final", "optim.weight_decay", "optim.clip", "optim.zero1",
-              "checkpoint.", "log.", "mesh.",
+              "train.sample.", "train.pipeline", "train.virtual_stages", "optim.lr", "optim.final", "optim.weight_decay",
+              "optim.clip", "optim.zero1", "checkpoint.", "log.", "mesh.",
               "data.cache", "data.workers", "data.sources.")
 
 

@@ -19,7 +19,8 @@ from jaxllm.parallel.context import over_context
 from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.optim import Optimizer
-from jaxllm.train.step import Objective, eval_step, train_step
+from jaxllm.train.stages import pipelined, schedule_of
+from jaxllm.train.step import Objective, accumulated, eval_step, train_step
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +55,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
         form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
+    schedule = schedule_of(model, train, mesh)
 
     def make_params(seed):
         return nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
@@ -69,7 +71,10 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     placed = place(abstract, mesh, zero1=optimizer.zero1)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
     objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
-    step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches),
+    loss_and_grads = partial(accumulated, objective, train.micro_batches)
+    if schedule is not None:
+        loss_and_grads = pipelined(objective, schedule, mesh, abstract.params)
+    step = jax.jit(partial(train_step, objective, optimizer, loss_and_grads),
                    in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
     return Program(

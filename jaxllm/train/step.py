@@ -29,30 +29,41 @@ def loss_sum(objective: Objective, params, batch, key=None):
     # The only cast: compute runs in `dtype`, gradients come back in float32.
     params = jax.tree.map(lambda p: p.astype(objective.dtype), params)
     model = nnx.merge(objective.graph, params)
-    if (n := model.trunk.form.context) > 1:
-        batch = balance(batch, n)
+    batch = balance(batch, model.trunk.form.context)
     x_BTD = model.hidden(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key)
     return next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
                            z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
 
 
-def train_step(objective: Objective, optimizer: Optimizer, micro_batches: int, state, batch):
-    """Returns the next state and the step's metrics. Sums over micro-batches are divided once, by all targets."""
+def accumulated(objective: Objective, micro_batches: int, params, batch, key):
+    """Returns ((summed loss, number of targets), gradients) of a batch, computed in parts one after the other."""
     loss_and_grad = jax.value_and_grad(partial(loss_sum, objective), has_aux=True)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if objective.dropout else None
 
     def accumulate(total, xs):
         i, micro_batch = xs
-        micro_key = None if key is None else jax.random.fold_in(key, i)
-        (loss, n), grads = loss_and_grad(state.params, micro_batch, micro_key)
+        (loss, n), grads = loss_and_grad(params, micro_batch, micro_key(key, i, micro_batches))
         return jax.tree.map(jnp.add, total, (loss, n, grads)), None
 
     if micro_batches == 1:
-        (loss, n), grads = loss_and_grad(state.params, batch, key)
-    else:
-        zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-        xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
-        (loss, n, grads), _ = jax.lax.scan(accumulate, zeros, xs)
+        return loss_and_grad(params, batch, key)
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
+    (loss, n, grads), _ = jax.lax.scan(accumulate, zeros, xs)
+    return (loss, n), grads
+
+
+def micro_key(key, i, micro_batches: int):
+    """Returns the key of the i-th part of a batch; None, which keeps dropout off, stays None."""
+    return key if key is None or micro_batches == 1 else jax.random.fold_in(key, i)
+
+
+def train_step(objective: Objective, optimizer: Optimizer, loss_and_grads, state, batch):
+    """Returns the next state and the step's metrics. Sums over micro-batches are divided once, by all targets.
+
+    `loss_and_grads(params, batch, key)` is `accumulated`'s, or a pipeline's.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if objective.dropout else None
+    (loss, n), grads = loss_and_grads(state.params, batch, key)
     n = jnp.maximum(n, 1.0)  # a batch without targets moves nothing
     loss, grads = jax.tree.map(lambda x: x / n, (loss, grads))
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, value=loss)

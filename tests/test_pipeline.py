@@ -1,0 +1,191 @@
+"""Every pipeline schedule computes what one device computes, on the stage axis alone and beside the other axes."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from jaxllm.errors import UserError
+from jaxllm.mesh import MeshConfig
+from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
+from jaxllm.parallel.schedule import make
+from jaxllm.parallel.table import lower
+from jaxllm.partition import batch_sharding, make_mesh
+from jaxllm.train.config import OptimConfig, TrainConfig
+from jaxllm.train.stages import pipelined, schedule_of
+from jaxllm.train.step import Objective, accumulated
+
+MODEL = dataclasses.replace(toy.MODEL, n_layers=8)
+M = 8
+MESHES = {"stage4 tensor2": {"stage": 4, "tensor": 2}, "stage4 data2": {"stage": 4, "data": 2}, "stage8": {"stage": 8},
+          "stage2 fsdp2 tensor2": {"stage": 2, "fsdp": 2, "tensor": 2}}
+SCHEDULES = {"gpipe": {}, "1f1b": {}, "interleaved": {"virtual_stages": 2}, "zero_bubble": {}}
+QUICK = {("stage4 tensor2", "1f1b"), ("stage4 data2", "zero_bubble"), ("stage8", "gpipe")}
+CASES = [pytest.param(mesh, name, id=f"{mesh} {name}", marks=[] if (mesh, name) in QUICK else [pytest.mark.slow])
+         for mesh in MESHES for name in SCHEDULES if (mesh, name) != ("stage8", "interleaved")]  # 16 pieces of 8 layers
+CLIP = OptimConfig(lr=1e-3, schedule="constant", clip=0.1)  # far below the gradient's norm: clips at every step
+
+
+def program(model=MODEL, name="1f1b", micro_batches=M, **mesh):
+    if mesh.get("fsdp", 1) > 1 and mesh.get("tensor", 1) > 1 and jax.__version_info__ < (0, 10):
+        pytest.skip("jax before 0.10: stage with fsdp and tensor is refused")
+    devices = int(np.prod([1, *mesh.values()]))
+    return toy.program(model, devices=devices, optim=CLIP, micro_batches=micro_batches, pipeline=name, **SCHEDULES[name] | mesh)
+
+
+def loss_and_grads(prog, batch, model=MODEL, name="1f1b", micro_batches=M):
+    """Returns loss, targets and gradients, with z-loss and smoothing, and with dropout on where the model has it."""
+    objective = Objective(prog.graph, np.dtype(np.float32), 10, 1e-3, 0.1, model.dropout)
+    train = TrainConfig(steps=1, micro_batches=micro_batches, pipeline=name, **SCHEDULES[name])
+    fun = partial(accumulated, objective, micro_batches)
+    if prog.mesh.shape["stage"] > 1:
+        fun = pipelined(objective, schedule_of(model, train, prog.mesh), prog.mesh, prog.abstract.params)
+    key = jax.random.key(3) if model.dropout else None
+    with jax.set_mesh(prog.mesh):
+        params, placed = prog.init().params, jax.device_put(batch, batch_sharding(prog.mesh))
+        (loss, n), grads = jax.jit(lambda p, b: fun(p, b, key))(params, placed)
+    return float(loss), float(n), jax.device_get(grads)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    prog = program()
+    batches = [toy.batch(seed=i) for i in range(10)]
+    batches[0]["weight_BT"][::2] = 0  # parts with unequal numbers of targets
+    return loss_and_grads(prog, batches[0]), toy.run(prog, batches)[1], batches
+
+
+@pytest.mark.parametrize(("mesh", "name"), CASES)
+def test_every_schedule_computes_what_one_device_computes(mesh, name, one_device):
+    (loss, n, grads), _, batches = one_device
+    prog = program(name=name, **MESHES[mesh])
+    found, found_n, found_grads = loss_and_grads(prog, batches[0], name=name)
+    assert found_n == n
+    assert abs(found - loss) / loss < 1e-6
+    error, leaf = toy.worst(found_grads, grads)
+    assert error < 1e-5, leaf
+
+
+@pytest.mark.parametrize(("mesh", "name"), CASES)
+def test_ten_steps_with_clipping_are_those_of_one_device(mesh, name, one_device):
+    _, curve, batches = one_device
+    np.testing.assert_allclose(toy.run(program(name=name, **MESHES[mesh]), batches)[1], curve, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("change", "name", "train"), [
+    pytest.param({"tied": True, "norm": "layernorm", "n_layers": 2}, "zero_bubble", {"remat": "full"}, id="tied, remat"),
+    pytest.param({"dropout": 0.3, "n_layers": 4}, "interleaved", {"fsdp": 2}, id="dropout, fsdp"),
+    pytest.param({"window": 5, "activation": "gelu", "n_layers": 2}, "1f1b", {"micro_batches": 1}, id="one micro-batch", marks=pytest.mark.slow),
+    pytest.param({"dropout": 0.3, "n_layers": 6}, "zero_bubble", {"micro_batches": 2, "stage": 3}, id="few", marks=pytest.mark.slow),
+])
+def test_every_kind_of_model_computes_what_one_device_computes(change, name, train):
+    model, m = dataclasses.replace(MODEL, **change), train.get("micro_batches", M)
+    batch = toy.batch()
+    loss, _, grads = loss_and_grads(program(model, micro_batches=m), batch, model, micro_batches=m)
+    prog = toy.program(model, **{"devices": train.get("stage", 2) * train.get("fsdp", 1), "stage": 2, "micro_batches": m, "pipeline": name}
+                       | SCHEDULES[name] | train)
+    found, _, found_grads = loss_and_grads(prog, batch, model, name, m)
+    assert abs(found - loss) / loss < 1e-6
+    error, leaf = toy.worst(found_grads, grads)
+    assert error < 1e-5, leaf
+
+
+def sums(mesh, schedule, layers=8, width=16):
+    """Returns the pipeline's and the plain (loss, gradients) of a small stack whose layers each add to the loss."""
+    rng = np.random.default_rng(0)
+    shared = {"embed": rng.normal(size=(11, width)), "head": rng.normal(size=(width, 11))}
+    shared, blocks = jax.tree.map(np.float32, (shared, {"w": rng.normal(size=(layers, width, width)) / width**0.5}))
+    m = schedule.micro_batches
+    inputs = {"token": rng.integers(0, 11, (m, 2, 6))}
+
+    def body(blocks, x_BTD, inputs, layered):
+        def layer(x_BTD, w):
+            y_BTD = jnp.tanh(x_BTD @ w)
+            return x_BTD + y_BTD, 0.01 * jnp.sum(y_BTD**2)
+
+        x_BTD, extra = jax.lax.scan(layer, x_BTD, blocks["w"])
+        return x_BTD, jnp.sum(extra)
+
+    def loss(shared, x_BTD, inputs):
+        return jnp.sum(jax.nn.logsumexp(x_BTD @ shared["head"], axis=-1))
+
+    parts = Parts(lambda shared, inputs: shared["embed"][inputs["token"]], body, loss)
+
+    def plain(shared, blocks):
+        total = 0.0
+        for i in range(m):
+            one = jax.tree.map(lambda a, i=i: a[i], inputs)
+            x_BTD, extra = body(blocks, parts.embed(shared, one), one, None)
+            total += parts.loss(shared, x_BTD, one) + extra
+        return total
+
+    with jax.set_mesh(mesh):
+        found_loss, *found = jax.jit(pipeline_value_and_grad(parts, schedule, mesh))(shared, blocks, inputs, None)
+    loss, grads = jax.value_and_grad(plain, argnums=(0, 1))(shared, blocks)
+    return (float(found_loss), found), (float(loss), list(grads))
+
+
+@pytest.mark.parametrize(("name", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
+@pytest.mark.parametrize("m", [4, 12])
+def test_what_layers_add_to_the_loss_counts_at_every_stage(name, v, m):
+    mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
+    (found, found_grads), (loss, grads) = sums(mesh, make(name, 4, m, v))
+    assert abs(found - loss) / loss < 1e-6
+    error, leaf = toy.worst(found_grads, grads)
+    assert error < 1e-5, leaf
+
+
+def temporaries(name, m):
+    prog = toy.program(dataclasses.replace(MODEL, dropout=0.0), devices=4, stage=4, micro_batches=m, pipeline=name, batch_size=m * 16,
+                       loss_chunk=24)
+    with jax.set_mesh(prog.mesh):
+        compiled = prog.train_step.lower(prog.abstract, toy.batch(m * 16)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_1f1b_needs_less_memory_than_gpipe_by_what_the_tables_say():
+    tables = [lower(make(name, 4, 16)) for name in ("gpipe", "1f1b")]
+    slots = [table.x_slots + table.g_slots for table in tables]
+    predicted = (slots[0] - slots[1]) * 16 * toy.T * MODEL.d_model * 4
+    assert temporaries("gpipe", 16) - temporaries("1f1b", 16) == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("mesh", [{"stage": 4, "data": 2}, pytest.param({"stage": 2, "data": 2, "tensor": 2}, marks=pytest.mark.slow)],
+                         ids=str)
+def test_only_the_stages_pass_things_on(mesh):
+    """A permutation inside of a branch would wait for stages that take another branch."""
+    prog = program(**mesh)
+    with jax.set_mesh(prog.mesh):
+        text = prog.train_step.lower(prog.abstract, toy.batch()).compile().as_text()
+    assert len(re.findall(r" collective-permute(?:-start)?\(", text)) == 2
+    assert len(re.findall(r" conditional\(", text)) >= 1
+
+
+def test_evaluation_and_weights_are_those_of_one_device():
+    one, four = program(), program(stage=4, data=2)
+    found, states = [], []
+    for prog in (one, four):
+        with jax.set_mesh(prog.mesh):
+            states.append(prog.init())
+            found.append(prog.eval_step(states[-1].params, jax.device_put(toy.batch(), batch_sharding(prog.mesh))))
+    assert toy.worst(states[0], states[1])[0] == 0
+    assert abs(float(found[0][0]) - float(found[1][0])) / float(found[0][0]) < 1e-6
+    assert states[1].params["trunk"]["blocks_L"]["mlp"]["down_FD"][...].addressable_shards[0].data.shape[0] == 2  # of 8 layers
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"stage": 3}, "model.n_layers=8: mesh.stage=3 does not divide it; nearest: 9"),
+    ({"stage": 4, "pipeline": "interleaved", "virtual_stages": 4}, "mesh.stage=4 x train.virtual_stages=4 does not divide it"),
+    ({"stage": 4, "pipeline": "interleaved", "virtual_stages": 2, "micro_batches": 2}, "micro_batches=2 is not a multiple of the 4"),
+    ({"stage": 4, "virtual_stages": 2}, "schedule '1f1b' has 1 a stage"), ({"stage": 4, "pipeline": "pipe"}, "did you mean 'gpipe'"),
+])
+def test_what_a_pipeline_cannot_do_is_said_before_compiling(settings, says):
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        toy.program(MODEL, **{"devices": settings["stage"], "micro_batches": M} | settings)
+    assert "\n" not in str(error.value)
