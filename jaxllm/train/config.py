@@ -27,6 +27,13 @@ class TrainConfig:
     tokens: int | None = None  # length in tokens instead of steps
     batch_size: int = 32  # sequences a step, over all devices
     micro_batches: int = 1  # parts a batch is computed in, one after the other: less memory, the same step
+    # when the places of mesh.data come together: at each step; or each trains alone for `inner_steps`, then parameters are
+    # averaged (local_sgd), or moved by an outer Nesterov step (diloco)
+    sync: Literal["every_step", "local_sgd", "diloco"] = "every_step"
+    inner_steps: int = 30  # local_sgd, diloco: steps between two meetings
+    outer_lr: float = 0.7  # diloco: learning rate of the outer step
+    outer_momentum: float = 0.9  # diloco: Nesterov momentum of the outer step
+    groups: int = 1  # local_sgd, diloco: groups that train alone, as many as mesh.data (times mesh.dcn.data) has places
     # with mesh.stage > 1: the order in which stages work on the micro-batches (`jaxllm plan schedule` draws it)
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1  # interleaved: pieces of the model that each stage holds
@@ -46,9 +53,18 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_tokens=64))
 
     def __post_init__(self):
-        for name in ("steps", "tokens", "batch_size", "micro_batches", "virtual_stages", "loss_chunk"):
+        for name in ("steps", "tokens", "batch_size", "micro_batches", "virtual_stages", "loss_chunk", "inner_steps", "groups"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
+        if self.outer_lr <= 0 or not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"train.outer_lr={self.outer_lr}, train.outer_momentum={self.outer_momentum}: should be above 0, "
+                             "and in [0, 1)")
+        if (self.sync != "every_step") != (self.groups > 1):
+            raise ValueError(f"train.sync={self.sync} with train.groups={self.groups}: local_sgd and diloco need 2 groups or "
+                             "more, every_step has 1")
+        if self.sync != "every_step" and self.steps is not None and self.steps % self.inner_steps:
+            raise ValueError(f"train.steps={self.steps} is not divisible by train.inner_steps={self.inner_steps}: what the groups "
+                             f"learn last would be lost; nearest: {-(-self.steps // self.inner_steps) * self.inner_steps}")
         for name in ("z_loss", "eval_every", "eval_rows", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be 0 or more")

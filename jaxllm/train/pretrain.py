@@ -78,10 +78,11 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     from jaxllm.train.log import RunLog
     from jaxllm.train.loop import train
     from jaxllm.train.optim import make_optimizer
-    from jaxllm.train.state import build
+    from jaxllm.train.state import build, check_groups
 
     writes, mesh = is_first(), make_mesh(cfg.mesh)
     check_length(cfg.data.seq_len, mesh)
+    check_groups(cfg.train, mesh)
     program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)
@@ -202,6 +203,7 @@ def _say_what_runs(cfg, program, rows, run, start):
         f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
         *_pipeline(cfg, program),
+        *_groups(cfg, n),
         f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
@@ -223,6 +225,18 @@ def _pipeline(cfg, program):
             f"{float(schedule.idle()):.1%} of the ticks idle (`jaxllm plan schedule` draws them)"]
     warning = too_few(schedule)
     return [*said, f"! train.micro_batches: {warning}"] if warning else said
+
+
+def _groups(cfg, n_params: int):
+    """Returns what is to be said of groups that train alone, if there are any."""
+    from jaxllm.parallel.local_sgd import bytes_per_token
+
+    train, tokens = cfg.train, cfg.train.batch_size * cfg.data.seq_len
+    if train.sync == "every_step":
+        return []
+    each = bytes_per_token(n_params, train.groups, tokens, train.inner_steps)
+    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps: each sends {each:,.1f} bytes a token "
+            f"(4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} at every step's sync"]
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:

@@ -27,7 +27,8 @@ MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.
               "train.context_attention",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
               "train.sample.", "train.pipeline", "train.virtual_stages", "optim.lr", "optim.final", "optim.weight_decay",
-              "optim.clip", "optim.zero1", "checkpoint.", "log.", "mesh.",
+              "train.inner_steps",
+              "train.outer_lr", "train.outer_momentum", "optim.clip", "optim.zero1", "checkpoint.", "log.", "mesh.",
               "data.cache", "data.workers", "data.sources.")
 
 

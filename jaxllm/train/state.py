@@ -15,6 +15,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
+from jaxllm.parallel import local_sgd
 from jaxllm.parallel.context import over_context
 from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
@@ -74,14 +75,43 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     loss_and_grads = partial(accumulated, objective, train.micro_batches)
     if schedule is not None:
         loss_and_grads = pipelined(objective, schedule, mesh, abstract.params)
-    step = jax.jit(partial(train_step, objective, optimizer, loss_and_grads),
-                   in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
+    step = partial(train_step, objective, optimizer, loss_and_grads)
+    if train.sync != "every_step":
+        init, placed, step = in_groups(train, mesh, init, placed, step)
+        abstract = jax.eval_shape(init, jnp.uint32(0))
+    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
     return Program(
         mesh=mesh, graph=graph, train_step=step, eval_step=evaluate,
         init=lambda: jax.jit(init, out_shardings=placed)(jnp.uint32(seed)),
         abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed),
     )
+
+
+def in_groups(train: TrainConfig, mesh: Mesh, init, placed: TrainState, step):
+    """Returns (init, placement, step) of groups that train alone between outer steps, from those of one."""
+    outer = local_sgd.outer_optimizer(train.sync, train.outer_lr, train.outer_momentum)
+
+    def init_groups(seed):
+        one = init(seed)
+        return dataclasses.replace(one, opt_state=local_sgd.begin(one.params, one.opt_state, outer, train.groups))
+
+    one = jax.eval_shape(init, jnp.uint32(0))
+    outer_placed = place(dataclasses.replace(one, opt_state=jax.eval_shape(outer.init, one.params)), mesh).opt_state
+    groups = local_sgd.place(placed.params, placed.opt_state, outer_placed, train.groups, mesh)
+    grouped = partial(local_sgd.group_step, step, outer, train.inner_steps, mesh)
+    return init_groups, dataclasses.replace(placed, opt_state=groups), grouped
+
+
+def check_groups(train: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError when groups that train alone are not the places of the `data` axis."""
+    if train.sync == "every_step":
+        return
+    if train.groups != mesh.shape["data"]:
+        raise UserError(f"train.groups={train.groups}: should be the degree of mesh.data (times mesh.dcn.data), which is "
+                        f"{mesh.shape['data']}")
+    if mesh.shape["stage"] > 1:
+        raise UserError(f"train.sync={train.sync} cannot be combined with mesh.stage={mesh.shape['stage']}")
 
 
 def place(abstract: TrainState, mesh: Mesh, *, zero1: bool = False) -> TrainState:

@@ -1,0 +1,130 @@
+"""Groups that train alone and meet every few steps."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import runs
+import toy
+
+from jaxllm import cli
+from jaxllm.parallel.local_sgd import bytes_per_token
+from jaxllm.partition import batch_sharding
+from jaxllm.train.config import OptimConfig
+
+SGD = OptimConfig(name="sgd", lr=0.1, b1=0.0, clip=0, weight_decay=0, schedule="constant")
+
+
+def whole_batches(n: int) -> list[dict]:
+    """Batches in which every group has the same number of targets."""
+    return [toy.batch(seed=i) | {"weight_BT": np.ones((toy.ROWS, toy.T), np.float32)} for i in range(n)]
+
+
+def program(sync="local_sgd", inner_steps=1, optim=SGD, **more):
+    return toy.program(**{"devices": 4, "data": 4, "groups": 4, "sync": sync, "inner_steps": inner_steps, "optim": optim} | more)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"devices": 8, "tensor": 2}, pytest.param({"devices": 8, "fsdp": 2}, marks=pytest.mark.slow)])
+def test_meeting_after_every_step_of_sgd_is_synchronous_training(mesh):
+    batches = whole_batches(4)
+    state, losses = toy.run(program(**mesh), batches)
+    want, want_losses = toy.run(toy.program(optim=SGD), batches)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    assert toy.worst(state.params, want.params)[0] < 1e-5
+
+
+def test_between_meetings_each_group_is_a_run_of_its_own():
+    batches = whole_batches(2)
+    state, _ = toy.run(program(inner_steps=5), batches)
+    start = toy.program(optim=SGD)
+    with jax.set_mesh(start.mesh):
+        first = start.init()
+    assert toy.worst(state.params, first.params)[0] == 0  # they have not met
+    rows = toy.ROWS // 4
+    for g in range(4):
+        own = [{k: v[g * rows : (g + 1) * rows] for k, v in batch.items()} for batch in batches]
+        alone, _ = toy.run(toy.program(optim=SGD, batch_size=rows), own)
+        theirs = jax.tree.map(lambda x, g=g: np.asarray(x)[g], state.opt_state.params_G)
+        assert toy.worst(theirs, alone.params)[0] < 1e-5
+
+
+def test_the_outer_step_is_nesterovs():
+    """Three meetings against the formula, from the groups' own parameters (Douillard et al. 2023, algorithm 1)."""
+    prog = program("diloco", inner_steps=1, outer_lr=0.7, outer_momentum=0.9)
+    with jax.set_mesh(prog.mesh):
+        state = prog.init()
+        shared, velocity = toy.leaves(state.params), 0.0
+        name = "trunk.embed_VD"
+        for batch in whole_batches(3):
+            # what the groups come to is that of plain averaging from here: a synchronous step
+            plain, _ = toy.run(toy.program(optim=SGD), [batch], _one(shared, state))
+            gradient = shared[name] - toy.leaves(plain.params)[name]
+            velocity = 0.9 * velocity + gradient
+            want = shared[name] - 0.7 * (gradient + 0.9 * velocity)
+            state, _ = prog.train_step(state, jax.device_put(batch, batch_sharding(prog.mesh)))
+            shared = toy.leaves(state.params)
+            np.testing.assert_allclose(shared[name], want, rtol=1e-4, atol=1e-6)
+
+
+def _one(shared, state):
+    """Returns a one-device state with these parameters."""
+    prog = toy.program(optim=SGD)
+    with jax.set_mesh(prog.mesh):
+        one = prog.init()
+    leaves = [shared[name] for name in toy.leaves(one.params)]
+    params = jax.device_put(jax.tree.unflatten(jax.tree.structure(one.params), leaves), jax.devices()[0])
+    return type(one)(one.step, params, one.opt_state, one.rng)
+
+
+def test_groups_talk_only_when_they_meet():
+    """Between meetings nothing but metrics crosses groups; a meeting sends every parameter once, as the formula says."""
+    prog = program("diloco", inner_steps=10)
+    with jax.set_mesh(prog.mesh):
+        batch = jax.device_put(whole_batches(1)[0], batch_sharding(prog.mesh))
+        text = prog.train_step.lower(prog.abstract, batch).compile().as_text()
+    n_params = sum(x.size for x in jax.tree.leaves(prog.abstract.params))
+    outside, inside = 0, 0
+    for computation in re.split(r"\n\n", text):
+        sizes = [np.prod([int(d) for d in dims.split(",") if d], dtype=int)
+                 for line in computation.splitlines() if re.search(r" all-(reduce|gather)(-start)?\(", line)
+                 for dims in re.findall(r"f32\[([\d,]*)\]", line.split(" all-")[0])]
+        if "ENTRY" in computation:
+            outside += sum(sizes)
+        else:
+            inside += sum(sizes)
+    assert outside < 20  # loss, targets, norm, flags
+    assert inside == n_params
+    assert bytes_per_token(n_params, 4, 100, 10) == pytest.approx(4 * n_params * 1.5 / 1000)
+
+
+def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, capsys):
+    how = {"sync": "diloco", "groups": 4, "inner_steps": 6, "eval_every": 6}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    config = runs.config(tmp_path, train=how, mesh={"data": 4, "tensor": 2}, checkpoint={"every": 8})
+    assert cli.main(["pretrain", str(config), f"--run.dir={straight}"]) == 0
+    said = capsys.readouterr().err
+    assert "4 groups meet every 6 steps: each sends" in said
+    code, text = runs.finish(runs.start("pretrain", config, f"--run.dir={resumed}", "--train.steps=12", devices=8))
+    assert code == 0, text
+    code, text = runs.finish(runs.start("pretrain", config, f"--run.dir={resumed}", devices=8))
+    assert code == 0, text
+    a, b = (runs.lines(f / "metrics.jsonl", "step", "loss", "eval_loss") for f in (straight, resumed))
+    held_out = [x["eval_loss"] for x in a if "eval_loss" in x]
+    assert held_out[-1] < held_out[0]
+    for x, y in zip(a, b, strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+    assert cli.main(["inspect", str(resumed), "--digest"]) == 0
+    assert cli.main(["generate", str(resumed), "--prompt=the ", "--sample.max_tokens=4"]) == 0
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--train.groups=2", "--train.sync=diloco"], "train.groups=2: should be the degree of mesh.data (times mesh.dcn.data), which is 8"),
+    (["--train.sync=local_sgd"], "local_sgd and diloco need 2 groups or more"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.inner_steps=7"], "train.steps=24 is not divisible by train.inner_steps=7"),
+    (["--train.sync=diloco", "--train.groups=2", "--mesh.stage=2", "--mesh.fsdp=2", "--model.n_layers=2", "--train.micro_batches=2"],
+     "train.sync=diloco cannot be combined with mesh.stage=2"),
+])
+def test_what_cannot_be_is_said(tmp_path, words, says, capsys):
+    assert cli.main(["pretrain", str(runs.config(tmp_path, train={"inner_steps": 6})), *words]) == 2
+    assert says in capsys.readouterr().err
