@@ -179,6 +179,21 @@ def test_evaluation_and_weights_are_those_of_one_device():
     assert states[1].params["trunk"]["blocks_L"]["mlp"]["down_FD"][...].addressable_shards[0].data.shape[0] == 2  # of 8 layers
 
 
+def test_samples_are_those_of_one_device():
+    from jaxllm.data.tokenizer import ByteTokenizer
+    from jaxllm.generate.config import SampleConfig
+    from jaxllm.generate.engine import Engine
+
+    model, texts = dataclasses.replace(MODEL, n_layers=2, vocab_size=ByteTokenizer().vocab_size), []
+    for mesh in ({}, {"stage": 2, "tensor": 2}):
+        prog = program(model, **mesh)
+        with jax.set_mesh(prog.mesh):
+            params = prog.init().params
+        engine = Engine(prog.graph, params, model, ByteTokenizer(), prog.mesh)
+        texts.append([one.text for one in engine.generate(["ab", "hello"], SampleConfig(max_tokens=8))])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(("settings", "says"), [
     ({"stage": 3}, "model.n_layers=8: mesh.stage=3 does not divide it; nearest: 9"),
     ({"stage": 4, "pipeline": "interleaved", "virtual_stages": 4}, "mesh.stage=4 x train.virtual_stages=4 does not divide it"),

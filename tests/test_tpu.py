@@ -39,3 +39,15 @@ def test_a_billion_parameters_compile_for_sixteen_chips():
     assert found["splash_calls"] >= 3
     assert found["peak_gb"] < 16  # a v5e's memory
     assert found["arguments_gb"] == pytest.approx(12 * found["parameters"] / 16 / 1e9, rel=0.05)  # split in sixteen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [["gpipe"], ["1f1b"], ["interleaved", "--train.virtual_stages=2"], ["zero_bubble"]], ids=lambda s: s[0])
+def test_every_pipeline_schedule_compiles_for_tpu_with_the_splash_kernel(schedule, tmp_path):
+    (tmp_path / "toy.yaml").write_text(
+        "model: {d_model: 256, n_layers: 4, n_heads: 4, n_kv_heads: 2, vocab_size: 512, max_seq_len: 256}\n"
+        "data: {seq_len: 256}\ntrain: {steps: 10, batch_size: 16, micro_batches: 4}\nmesh: {stage: 2, fsdp: 2, data: 1}\n")
+    name, *more = schedule
+    found = compile_for_tpu(str(tmp_path / "toy.yaml"), "v5e:2x2", f"--train.pipeline={name}", *more)
+    assert found["splash_calls"] >= 4  # the forward's kernel, and the backward's, which begins with the forward's again
+    assert found["peak_gb"] < 0.1
