@@ -63,8 +63,9 @@ class TrainConfig:
             raise ValueError(f"train.sync={self.sync} with train.groups={self.groups}: local_sgd and diloco need 2 groups or "
                              "more, every_step has 1")
         if self.sync != "every_step" and self.steps is not None and self.steps % self.inner_steps:
-            raise ValueError(f"train.steps={self.steps} is not divisible by train.inner_steps={self.inner_steps}: what groups learn "
-                             f"last would be lost; nearest: {-(-self.steps // self.inner_steps) * self.inner_steps}")
+            nearest = -(-self.steps // self.inner_steps) * self.inner_steps
+            raise ValueError(f"train.steps={self.steps} is not divisible by train.inner_steps={self.inner_steps}: what groups "
+                             f"learn last would be lost; nearest: {nearest}")
         for name in ("z_loss", "eval_every", "eval_rows", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be 0 or more")

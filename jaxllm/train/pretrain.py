@@ -235,8 +235,8 @@ def _groups(cfg, n_params: int):
     if train.sync == "every_step":
         return []
     each = bytes_per_token(n_params, train.groups, tokens, train.inner_steps)
-    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps: each sends {each:,.1f} bytes a token "
-            f"(4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} at every step's sync"]
+    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps: each sends {each:,.1f} bytes a "
+            f"token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each step"]
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:
