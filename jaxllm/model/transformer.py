@@ -13,7 +13,12 @@ REMAT = {  # name -> what jax.checkpoint keeps; "none" keeps everything and is n
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-RESIDUAL = ("batch", "residual_seq", "act")
+
+def residual(x_BTD):
+    """Places the stream between matmuls: positions over `tensor` too (sequence parallelism), but not in a pipeline's stage,
+    where the compiler would put permutations into a branch, and they would wait for stages that take another."""
+    in_stage = "stage" in jax.sharding.get_abstract_mesh().manual_axes
+    return constrain(x_BTD, "batch", "seq" if in_stage else "residual_seq", "act")
 
 
 class Block(nnx.Module):
@@ -28,9 +33,9 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, angles, attend, cache=None, key=None):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), angles, attend, cache)
-        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, attn_key), *RESIDUAL)
+        x_BTD = residual(x_BTD + dropout(y_BTD, self.dropout, attn_key))
         x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key)
-        return constrain(x_BTD, *RESIDUAL), cache
+        return residual(x_BTD), cache
 
 
 class Trunk(nnx.Module):
@@ -55,7 +60,7 @@ class Trunk(nnx.Module):
     def embed(self, token_BT):
         # The width is gathered first: a table split both ways cannot be looked up without copying all of it.
         table_VD = constrain(self.embed_VD[...], "vocab", None)
-        return constrain(table_VD[token_BT], *RESIDUAL)
+        return residual(table_VD[token_BT])
 
     def angles(self, pos_BT):
         """Returns what every layer rotates queries and keys by; None without rotary positions."""

@@ -23,6 +23,8 @@ def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule 
     if mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] > 1 and jax.__version_info__ < (0, 10):
         raise UserError(f"mesh.stage={stages} with both mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']} "
                         f"needs jax 0.10 or newer, found {jax.__version__}; with one of the two it runs")
+    if mesh.shape["context"] > 1 and train.context_attention == "ring":  # its permutations would wait for other branches
+        raise UserError(f"train.context_attention=ring cannot run with mesh.stage={stages}: take gather")
     v = train.virtual_stages
     try:
         schedule = make(train.pipeline, stages, train.micro_batches, v)
