@@ -17,6 +17,7 @@ MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
     "report": BASE,
     "train": BASE | {"partition", "data", "model", "generate", "report"},
     "generate": BASE | {"partition", "data", "model", "train"},
+    "plan": BASE | {"partition", "data", "model", "train"},
     "self_test": BASE | {"partition", "data", "model", "train", "generate"},
     "installed": BASE,
     "doctor": BASE | {"self_test", "installed", "report"},

@@ -16,7 +16,7 @@ class Formulation:
     attention: Callable  # (q_BTNH, k_BTKH, v_BTKH, doc_BT, *, window) -> o_BTNH
     unroll: bool  # layers one after the other in the program, instead of one scanned body
     flatten: bool  # [B, T] merged into one axis before each matmul
-    remat: str = "none"  # what the backward pass computes again: none, dots (all but matmul results), full
+    remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
 
 
 PLATFORMS = {

@@ -28,8 +28,10 @@ class TrainConfig:
     micro_batches: int = 1  # parts a batch is computed in, one after the other: less memory, the same step
     # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # what the backward pass computes again instead of keeping: none of it, all but matmul results (dots), or all (full)
-    remat: Literal["none", "dots", "full"] = "none"
+    # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the
+    # named tensors (mlp: gate and up; attention: what the TPU's attention kernel gave; qkv), or all of a layer (full)
+    remat: Literal["none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full"] = "none"
+    xla: Literal["tuned", "plain"] = "tuned"  # compiler options: those that chips.yaml holds for the chip, or none
     loss_chunk: int = 128  # positions of a sequence whose logits are held at once
     z_loss: float = 0.0  # weight of the squared log-normaliser, which keeps logits small (PaLM: 1e-4)
     label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.errors import UserError
+from jaxllm.hardware import chip
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
@@ -65,8 +66,9 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     placed = place(abstract, mesh)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
     objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
-    step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches),
-                   in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
+    known = chip(mesh.devices.flat[0].device_kind) if train.xla == "tuned" else None
+    step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches), in_shardings=(placed, rows),
+                   out_shardings=(placed, everywhere), donate_argnums=0, compiler_options=known.xla if known else None)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
     return Program(
         mesh=mesh, graph=graph, train_step=step, eval_step=evaluate,

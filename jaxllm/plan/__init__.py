@@ -1,0 +1,1 @@
+"""Plans: what a run would need and cost, before any chip is rented."""
