@@ -147,6 +147,7 @@ def test_link_seconds_by_hand():
     ([], "topology is missing"), (["--topology=v5e-17"], "known: v4-{8,16"), (["--topology=v5litepod-16"], "did you mean 'v5e-16'"),
     (["--topology=v5e-64"], "needs 16 devices, found 64 in v5e-64"),
     (["--topology=v5e-16", "--slices=2"], "needs 16 devices, found 32 in 2 slices of v5e-16"),
+    (["--topology=v5e-16", "--slices=2", "--mesh.fsdp=32"], "mesh.data=1 is not divisible by slices=2"),
     (["--topology=v5e-16", "--slices=0"], "should be at least 1"),
     (["--topology=v5e-16", "--model.vocab_size=null"], "give --model.vocab_size=N"),
 ])

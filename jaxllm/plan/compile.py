@@ -50,7 +50,10 @@ def describe(cfg: CompileVerb) -> str:
 
 def degrees_of(cfg: CompileVerb, topology: Topology) -> dict[str, int]:
     try:
-        return degrees(cfg.mesh, topology.devices)
+        sizes = degrees(cfg.mesh, topology.devices)
+        if sizes["data"] % topology.slices:
+            raise UserError(f"mesh.data={sizes['data']} is not divisible by slices={topology.slices}, over which `data` goes")
+        return sizes
     except UserError as e:
         slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
         raise UserError(f"{e} in {slices}{topology.name}") from None

@@ -31,14 +31,14 @@ def measure(cfg: CompileVerb) -> dict:
     import jax
     import numpy as np
 
-    from jaxllm.partition import batch_sharding, make_mesh
+    from jaxllm.partition import batch_sharding
     from jaxllm.plan.topology import find
     from jaxllm.train.optim import make_optimizer
     from jaxllm.train.pretrain import n_steps
     from jaxllm.train.state import build
 
     topology = find(cfg.topology, cfg.slices)
-    mesh = make_mesh(cfg.mesh, devices_of(topology))
+    mesh = mesh_of(cfg, topology)
     program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, n_steps(cfg)), mesh)
     rows = batch_sharding(mesh)
     kinds = {"token_BT": np.int32, "target_BT": np.int32, "pos_BT": np.int32, "doc_BT": np.int32, "weight_BT": np.float32}
@@ -62,11 +62,22 @@ def measure(cfg: CompileVerb) -> dict:
     return out | of_text(cfg, text, mesh, topology)
 
 
-def devices_of(topology):
-    from jax.experimental import topologies
+def mesh_of(cfg: CompileVerb, topology):
+    """Returns the mesh over the topology's devices; of several slices, each holds an equal part of the `data` axis."""
+    from jax.experimental import mesh_utils, topologies
+    from jax.sharding import AxisType, Mesh
+
+    from jaxllm.mesh import AXES, degrees
+    from jaxllm.partition import make_mesh
 
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.jax_name, **several).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.jax_name, **several).devices
+    if not several:
+        return make_mesh(cfg.mesh, devices)
+    sizes = degrees(cfg.mesh, len(devices))
+    outer = {axis: topology.slices if axis == "data" else 1 for axis in AXES}
+    grid = mesh_utils.create_hybrid_device_mesh([sizes[a] // outer[a] for a in AXES], [outer[a] for a in AXES], devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def memory(compiled) -> dict:
