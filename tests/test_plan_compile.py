@@ -71,6 +71,8 @@ ENTRY %main (x.1: bf16[8,64]) -> bf16[8,64] {
   %start = (s32[], bf16[8,64]{1,0}) tuple(%zero, %x.1)
   %loop = (s32[]{:T(128)}, /*index=1*/bf16[8,64]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
   %out = bf16[8,64]{1,0} get-tuple-element(%loop), index=1
+  %token = token[] after-all()
+  %out.1 = (bf16[8,64]{1,0}, u32[], token[]) send(%out, %token), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %moved = bf16[8,64]{1,0} collective-permute(%out), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
 }
 '''
@@ -86,9 +88,11 @@ def test_cycles_are_counted_as_often_as_their_loop_goes_round():
 
 
 def test_collectives_by_axis_with_bytes_and_runs():
-    every = collectives.read(hlo.parse(PROGRAM), SIZES)
-    found = {c.kind: c for c in every}
-    assert len(every) == 3
+    every = collectives.read(hlo.parse(PROGRAM), SIZES, slices=2)
+    over = next(c for c in every if c.times == 1 and c.kind == "all-reduce")
+    assert (over.axis, over.group, over.sent) == ("data", (0, 4), 1024)  # through the host, to the other slice
+    found = {c.kind: c for c in every if c is not over}
+    assert len(every) == 4
     gather, reduce, permute = found["all-gather"], found["all-reduce"], found["collective-permute"]
     assert (gather.axis, gather.times, gather.payload, gather.sent) == ("fsdp", 6, 1024, 768)  # once, though in two fusions
     assert (reduce.axis, reduce.times, reduce.payload, reduce.sent) == ("data", 6, 1024 + 64, 1088)

@@ -31,14 +31,18 @@ class Collective:
         return self.payload * share.get(self.kind, (n - 1) / n)
 
 
-def read(module: Module, sizes: dict[str, int]) -> list[Collective]:
+def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collective]:
     """Returns the collectives of one step on a mesh of these axes, slowest first.
 
     A collective that the compiler spread over several fusions, to run it beside other work, appears in each of them under
-    one channel: it is counted once.
+    one channel: it is counted once. What goes to other slices is sent through the host and named beside the sending.
     """
     found, seen = [], set()
     for i, times in runs(module, of_instruction):
+        if i.opcode == "send" and (over := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)):
+            group = across(sizes, slices)
+            named = over[1].lower().replace("_", "-")
+            found.append(Collective(named, axis_of(group, sizes), group, array_bytes(i.shape)[0], times, i.op_name))
         kind = i.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -49,6 +53,12 @@ def read(module: Module, sizes: dict[str, int]) -> list[Collective]:
             seen.add((channel[1], times))
         found.append(_collective(kind, i, times, sizes))
     return [c for c in found if len(c.group) > 1]
+
+
+def across(sizes: dict[str, int], slices: int) -> tuple[int, ...]:
+    """Returns one device of each slice: `data` goes over the slices, each of which holds an equal part of it."""
+    inner = math.prod(n for axis, n in sizes.items() if list(sizes).index(axis) > list(sizes).index("data"))
+    return tuple(k * sizes["data"] // slices * inner for k in range(slices))
 
 
 def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) -> Collective:

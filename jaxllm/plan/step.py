@@ -113,7 +113,7 @@ def of_text(cfg: CompileVerb, text: str, mesh, topology) -> dict:
 
     module, sizes = hlo.parse(text), dict(mesh.shape)
     places = [(tuple(d.coords), getattr(d, "slice_index", 0) or 0) for d in mesh.devices.flat]
-    found = collectives.read(module, sizes)
+    found = collectives.read(module, sizes, topology.slices)
 
     def seconds(c):
         return link_seconds(topology, c.kind, c.sent, [places[i] for i in c.group])[0]
@@ -140,7 +140,9 @@ def kept(module, n_layers: int) -> float | None:
     stacked = rf"\w+\[{n_layers},[\d,]+\]"
     body = {i.name: i for i in module.computations[loops[0].called["body"]]}
     root = next(i for i in reversed(body.values()) if i.opcode == "tuple")
-    passed = [body[o].shape for o in root.operands if o in body and body[o].opcode == "get-tuple-element"]  # as they came
+    own = next(i.name for i in body.values() if i.opcode == "parameter")
+    passed = [body[o].shape for o in root.operands if o in body and body[o].opcode == "get-tuple-element"
+              and body[o].operands == (own,)]  # as they came
     return sum(sum(array_bytes(a)) for shape in (loops[0].shape,) for a in re.findall(stacked, shape)) - sum(
         sum(array_bytes(a)) for shape in passed for a in re.findall(stacked, shape))
 
