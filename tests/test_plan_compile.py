@@ -212,6 +212,9 @@ def test_a_refused_program_tells_what_it_needs():
     told = too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 34.25G of 15.75G hbm. Exceeded by 18.5G.\n"
                      '  1. Size: 2.00G\n     Operator: op_name="jit(step)/dot"\n')["refused"]
     assert (told["needs"], told["has"]) == (34.25 * 2**30, 15.75 * 2**30)
+    early = too_large("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (49.53G) exceeds "
+                      "available HBM (15.75G).")["refused"]
+    assert early == {"needs": 49.53 * 2**30, "has": 15.75 * 2**30, "largest": []}
     assert told["largest"] == [{"bytes": 2 * 2**30, "from": "jit(step)/dot"}]
 
 

@@ -149,12 +149,13 @@ def kept(module, n_layers: int) -> float | None:
 
 def too_large(message: str) -> dict:
     """Returns what the compiler's refusal tells: how much it would need and which arrays are the largest."""
-    def size(pattern):
-        found = re.search(pattern, message)
+    def size(*patterns):
+        found = next(filter(None, (re.search(pattern, message) for pattern in patterns)), None)
         return float(found[1]) * GIB[found[2]] if found else None
 
     largest = re.findall(r"Size: ([\d.]+)([KMGT]?)\s+(?:Operator: op_name=\"([^\"]*)\"|Shape)", message)
-    return {"refused": {"needs": size(r"Used ([\d.]+)([KMGT]?) of"), "has": size(r"of ([\d.]+)([KMGT]?) hbm"),
+    return {"refused": {"needs": size(r"Used ([\d.]+)([KMGT]?) of", r"temporaries \(([\d.]+)([KMGT]?)\)"),
+                        "has": size(r"of ([\d.]+)([KMGT]?) hbm", r"available HBM \(([\d.]+)([KMGT]?)\)"),
                         "largest": [{"bytes": float(n) * GIB[u], "from": name} for n, u, name in largest[:5]]}}
 
 
