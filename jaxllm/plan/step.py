@@ -71,7 +71,9 @@ def mesh_of(cfg: CompileVerb, topology):
     from jaxllm.partition import make_mesh
 
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.jax_name, **several).devices
+    megacore = {"chip_config_name": "megacore"} if topology.name.startswith("v4-") else {}  # two cores, one device
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.jax_name, **megacore,
+                                           **several).devices
     if not several:
         return make_mesh(cfg.mesh, devices)
     sizes = degrees(cfg.mesh, len(devices))
