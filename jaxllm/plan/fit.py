@@ -53,7 +53,7 @@ def candidates(cfg: CompileVerb, topology: Topology, sizes: dict[str, int]) -> I
                    with_changes(cfg, train={"micro_batches": cfg.train.micro_batches * n}))
     for axis in ("fsdp", "tensor"):
         for donor in ("data", "tensor" if axis == "fsdp" else "fsdp"):
-            for n in (sizes[donor], 2, 4, 8):
+            for n in dict.fromkeys((2, 4, 8, sizes[donor])):
                 if n > 1 and sizes[donor] % n == 0:
                     mesh = {axis: sizes[axis] * n, donor: sizes[donor] // n}
                     if divides(cfg, sizes | mesh):
