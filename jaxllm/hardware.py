@@ -32,6 +32,7 @@ class Chip:
     kinds: tuple[str, ...]  # what jax calls it
     devices: int  # jax devices a chip shows as
     figures: dict[str, Figure]
+    xla: dict[str, str]  # compiler options that make training faster or smaller on it; chips.yaml says why
 
     def peak_flops(self, dtype: str) -> float | None:
         """Returns a device's dense peak for matmuls of this type at jax's default matmul precision; None: not known.
@@ -80,7 +81,8 @@ def chips() -> dict[str, Chip]:
         return Figure(value, read["sources"][source]["url"], read["sources"][source]["date"])
 
     return {name: Chip(name, entry["vendor"], tuple(entry["kinds"]), entry["devices"],
-                       {f: figure(*entry[f]) for f in FIGURES if f in entry})
+                       {f: figure(*entry[f]) for f in FIGURES if f in entry},
+                       {k: str(v) for k, v in entry.get("xla", {}).items()})
             for name, entry in read["chips"].items()}
 
 

@@ -130,6 +130,15 @@ FAULTS = [
           "tests/test_schedule.py -k formulas"),
     Fault("two processes may share a folder", "jaxllm/train/run_folder.py", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
           "tests/test_resume.py -k in_use"),
+    Fault("a loop's body is counted once", "jaxllm/plan/hlo.py", "1 if trips is None else trips)]", "1)]", "tests/test_plan_compile.py -k cycles"),
+    Fault("the cheap branch is counted", "jaxllm/plan/hlo.py", "max(i.branches, key=cost)", "min(i.branches, key=cost)",
+          "tests/test_plan_compile.py -k cycles"),
+    Fault("a collective spread over fusions is counted in each", "jaxllm/plan/collectives.py", "if (channel[1], times) in seen:", "if False:",
+          "tests/test_plan_compile.py -k by_axis"),
+    Fault("a ring of chips is taken for a line", "jaxllm/plan/topology.py", "n % topology.generation.wraps == 0", "n == 0",
+          "tests/test_plan_compile.py -k by_hand"),
+    Fault("the front keeps what is beaten", "jaxllm/plan/fit.py", 'r["fits"] and not beaten(r)', 'r["fits"]',
+          "tests/test_plan_compile.py -k front"),
 ]
 
 

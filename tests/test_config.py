@@ -1,10 +1,10 @@
 """Settings: defaults, files, overrides, help, and the line that each mistake gets."""
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
@@ -125,9 +125,10 @@ def test_help_lists_every_key_with_a_meaning_and_imports_no_jax(verb):
 def test_help_answers_within_half_a_second():
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "jaxllm", "pretrain", "--help"], capture_output=True, cwd=ROOT, check=True)
-        times.append(time.perf_counter() - began)
+        after = os.times()  # processor time, which other work on the machine does not lengthen
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(times) < 0.5
 
 

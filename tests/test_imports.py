@@ -18,10 +18,10 @@ MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
     "report": BASE,
     "train": BASE | {"partition", "data", "model", "parallel", "generate", "report"},
     "generate": BASE | {"partition", "data", "model", "train"},
+    "plan": BASE | {"partition", "data", "model", "parallel", "train"},
     "self_test": BASE | {"partition", "data", "model", "train", "generate"},
     "installed": BASE,
     "doctor": BASE | {"self_test", "installed", "report"},
-    "plan": BASE | {"parallel"},
     "cli": BASE,
     "__main__": {"cli"},
 }

@@ -127,7 +127,7 @@ def test_dropout_does_not_depend_on_the_mesh_and_is_off_without_a_key():
     assert off == loss_and_grads(toy.program(), toy.batch())[0]
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "mlp", "qkv_attention", "qkv", "full"])
 def test_remat_changes_memory_not_results(remat):
     plain, less = toy.program(batch_size=8), toy.program(batch_size=8, remat=remat)
     batch = toy.batch(8, T=128)

@@ -81,5 +81,6 @@ def _splash_kernel(n_heads: int, T: int, S: int, window: int | None):
     # Made while tracing, never kept: its mask tables are then constants of the program. Made eagerly, they would be arrays
     # on the mesh's devices, which do not exist when a program is compiled for a topology.
     return splash_attention_kernel.make_splash_mha(
-        mask=splash_attention_mask.MultiHeadMask([one] * n_heads), head_shards=1, q_seq_shards=1, block_sizes=sizes
+        mask=splash_attention_mask.MultiHeadMask([one] * n_heads), head_shards=1, q_seq_shards=1, block_sizes=sizes,
+        residual_checkpoint_name="attention",  # its output and normalisers, which a remat policy may keep
     )

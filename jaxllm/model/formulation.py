@@ -19,7 +19,7 @@ class Formulation:
     flatten: bool  # [B, T] merged into one axis before each matmul
     context: int = 1  # parts of a sequence that are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
-    remat: str = "none"  # what the backward pass computes again: none, dots (all but matmul results), full
+    remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
 
 
 PLATFORMS = {

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
@@ -98,6 +99,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, angles, attend, cache=None):
         qkv_BTKGH = constrain(dense(x_BTD, self.qkv_DKGH[...], self.flatten), "batch", "seq", "kv_heads", None, None)
+        qkv_BTKGH = checkpoint_name(qkv_BTKGH, "qkv")
         B, T, K, G, H = qkv_BTKGH.shape
         # split, not slices: its derivative is one concatenation instead of a sum of padded arrays
         q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKGH, [G - 2, G - 1], axis=3)
@@ -154,6 +156,7 @@ class GatedFeedForward(nnx.Module):
     def __call__(self, x_BTD):
         gate_BTF, up_BTF = dense(x_BTD, self.gate_DF[...], self.flatten), dense(x_BTD, self.up_DF[...], self.flatten)
         gate_BTF, up_BTF = constrain(gate_BTF, "batch", "seq", "mlp"), constrain(up_BTF, "batch", "seq", "mlp")
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
         return dense(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD[...], self.flatten)
 
 

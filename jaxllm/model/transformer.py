@@ -9,8 +9,13 @@ from jaxllm.model.formulation import Formulation
 from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of, weight
 from jaxllm.partition import constrain
 
-REMAT = {  # name -> what jax.checkpoint keeps; "none" keeps everything and is not wrapped at all
+KEEP = jax.checkpoint_policies.save_only_these_names
+REMAT = {  # name -> what jax.checkpoint keeps besides a layer's input; "none" keeps everything and is not wrapped at all
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": KEEP("gate", "up"),
+    "qkv_attention": KEEP("qkv", "attention"),
+    "qkv": KEEP("qkv"),
+    "attention": KEEP("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

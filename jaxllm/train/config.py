@@ -39,8 +39,10 @@ class TrainConfig:
     virtual_stages: int = 1  # interleaved: pieces of the model that each stage holds
     # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # what the backward pass computes again instead of keeping: none of it, all but matmul results (dots), or all (full)
-    remat: Literal["none", "dots", "full"] = "none"
+    # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the
+    # named tensors (mlp: gate and up; attention: what the TPU's attention kernel gave; qkv), or all of a layer (full)
+    remat: Literal["none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full"] = "none"
+    xla: Literal["tuned", "plain"] = "tuned"  # compiler options: those that chips.yaml holds for the chip, or none
     # attention of a sequence that mesh.context splits: keys and values of all devices brought to each, or passed around
     context_attention: Literal["gather", "ring"] = "gather"
     loss_chunk: int = 128  # positions of a sequence whose logits are held at once

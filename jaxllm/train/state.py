@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import UserError
+from jaxllm.hardware import chip
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
@@ -79,7 +80,9 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     if train.sync != "every_step":
         init, placed, step = in_groups(train, mesh, init, placed, step)
         abstract = jax.eval_shape(init, jnp.uint32(0))
-    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
+    known = chip(mesh.devices.flat[0].device_kind) if train.xla == "tuned" else None
+    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0,
+                   compiler_options=known.xla if known else None)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
     return Program(
         mesh=mesh, graph=graph, train_step=step, eval_step=evaluate,

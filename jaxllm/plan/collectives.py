@@ -1,0 +1,133 @@
+"""Every collective of a compiled step: by which mesh axis, how often, how many bytes, how long on its link."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxllm.plan.cycles import of_instruction
+from jaxllm.plan.hlo import Instruction, Module, array_bytes, runs
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+         "collective-broadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    kind: str
+    axis: str  # "fsdp", "data x fsdp", or "none" for a group of one
+    group: tuple[int, ...]  # one of its groups: places in the mesh, flattened
+    payload: float  # bytes of the whole array: gathered, reduced, or sent
+    times: int  # a step
+    source: str  # op_name: where in the traced program it comes from
+
+    @property
+    def sent(self) -> float:
+        """Returns the bytes that each device sends in one run, by the ring algorithms."""
+        n = max(len(self.group), 1)
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
+        return self.payload * share.get(self.kind, (n - 1) / n)
+
+
+def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collective]:
+    """Returns the collectives of one step on a mesh of these axes, slowest first.
+
+    A collective that the compiler spread over several fusions, to run it beside other work, appears in each of them under
+    one channel: it is counted once. What goes to other slices is sent through the host and named beside the sending.
+    """
+    found, seen = [], set()
+    for i, times in runs(module, of_instruction):
+        if i.opcode == "send" and (over := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)):
+            group = across(sizes, slices)
+            named = over[1].lower().replace("_", "-")
+            found.append(Collective(named, axis_of(group, sizes), group, array_bytes(i.shape)[0], times, i.op_name))
+        kind = i.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        channel = re.search(r"channel_id=(\d+)", i.rest)
+        if "chain_id=" in i.rest and channel:
+            if (channel[1], times) in seen:
+                continue
+            seen.add((channel[1], times))
+        found.append(_collective(kind, i, times, sizes))
+    return [c for c in found if len(c.group) > 1]
+
+
+def across(sizes: dict[str, int], slices: int) -> tuple[int, ...]:
+    """Returns one device of each slice: `data` goes over the slices, each of which holds an equal part of it."""
+    inner = math.prod(n for axis, n in sizes.items() if list(sizes).index(axis) > list(sizes).index("data"))
+    return tuple(k * sizes["data"] // slices * inner for k in range(slices))
+
+
+def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) -> Collective:
+    if kind == "collective-permute":
+        first = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", i.rest)
+        group = (int(first[1]), int(first[2])) if first else ()
+    else:
+        group = groups(i.rest, math.prod(sizes.values()))
+    arrays = array_bytes(i.shape)
+    if i.opcode.endswith("-start"):  # (what goes in, what comes out, contexts); an all-reduce's is what comes out
+        arrays = arrays if kind == "all-reduce" else [max(arrays)]
+    payload = sum(arrays) * (len(group) if kind == "reduce-scatter" else 1)
+    return Collective(kind, axis_of(group, sizes), group, payload, times, i.op_name)
+
+
+def groups(text: str, n_devices: int) -> tuple[int, ...]:
+    """Returns the first of an instruction's replica groups, written in any of XLA's three ways."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        dims = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        ids, names, used = np.arange(math.prod(dims.values())), [], []
+        shape = []
+        for name, n in dims.items():
+            part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", found[2])
+            if part and part[1]:  # a part of the axis: (what is left of it)its size
+                pre, size = int(part[1]), int(part[2])
+                shape += [pre, size, n // pre // size]
+                names += [f"{name}<", name, f"{name}>"]
+            else:
+                shape.append(n)
+                names.append(name)
+            used += [name] if part else []
+        grid = ids.reshape(shape)
+        return tuple(int(d) for d in grid[tuple(slice(None) if n in used else 0 for n in names)].ravel())
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        ids = np.arange(int(found[1]) * int(found[2])).reshape([int(d) for d in found[3].split(",")])
+        if found[4]:
+            ids = ids.transpose([int(d) for d in found[4].split(",")])
+        return tuple(int(d) for d in ids.reshape(int(found[1]), int(found[2]))[0])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(int(d) for d in found[1].split(","))
+    return tuple(range(n_devices))  # none given: all of them
+
+
+def axis_of(group: Sequence[int], sizes: dict[str, int]) -> str:
+    """Returns the mesh axes along which a group's members differ, outermost first."""
+    if len(group) < 2:
+        return "none"
+    places = np.array(np.unravel_index(np.array(group), tuple(sizes.values())))
+    axes = [axis for axis, row in zip(sizes, places, strict=True) if len(set(row.tolist())) > 1]
+    return " x ".join(axes)
+
+
+def table(found: Sequence[Collective], seconds: Callable[[Collective], float]) -> list[dict]:
+    """Returns one row for each axis and kind, dearest first: runs a step, megabytes a device sends, seconds on the link."""
+    rows: dict[tuple[str, str], dict] = {}
+    for c in found:
+        row = rows.setdefault((c.axis, c.kind), {"axis": c.axis, "kind": c.kind, "in_program": 0, "times": 0, "sent_gb": 0.0,
+                                                 "seconds": 0.0})
+        row["in_program"] += 1
+        row["times"] += c.times
+        row["sent_gb"] += c.sent * c.times / 1e9
+        row["seconds"] += seconds(c) * c.times
+    return sorted(rows.values(), key=lambda row: -row["seconds"])
+
+
+def per_layer(found: Sequence[Collective], n_layers: int) -> dict[str, int]:
+    """Returns how many collectives of each axis and kind one layer takes, forward, recomputed and backward together."""
+    out: dict[str, int] = {}
+    for c in found:
+        if c.times % n_layers == 0 and c.times > 1:
+            out[f"{c.axis} {c.kind}"] = out.get(f"{c.axis} {c.kind}", 0) + c.times // n_layers
+    return out

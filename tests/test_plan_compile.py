@@ -1,0 +1,269 @@
+"""`jaxllm plan compile`: reading a compiled program, slices by name, what fits, and the goals on TPUs compiled here."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import runs
+import toy
+
+from jaxllm import cli
+from jaxllm.plan import collectives, cycles, fit, hlo
+from jaxllm.plan.compile_config import CompileVerb
+from jaxllm.plan.topology import find, known, link_seconds
+
+PROGRAM = '''
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%in_the_dear_branch (p: bf16[8,64]) -> bf16[8,64] {
+  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %dear = bf16[8,64]{1,0} fusion(%p), kind=kLoop, calls=%add, backend_config={"window_config":{"estimated_cycles":"100"}}
+}
+
+%in_the_cheap_branch (p.1: bf16[8,64]) -> bf16[8,64] {
+  ROOT %p.1 = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+}
+
+%gathering (q: bf16[1,64]) -> bf16[8,64] {
+  %q = bf16[1,64]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,64]{1,0} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="1"}
+}
+
+%body (t: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %t = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = bf16[8,64]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %begun = bf16[8,64]{1,0} fusion(%x), kind=kCustom, calls=%gathering, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %ended = bf16[8,64]{1,0} fusion(%begun), kind=kCustom, calls=%gathering, metadata={op_name="jit(step)/transpose(jvp())/while/body/dot"}, backend_config={"window_config":{"estimated_cycles":"5"}}
+  %kernel = (bf16[8,64]{1,0}, f32[8]{0}) custom-call(%ended), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 512}"
+}}, metadata={op_name="jit(step)/jvp()/while/body/attention"}
+  %y = bf16[8,64]{1,0} get-tuple-element(%kernel), index=0
+  %which = s32[] constant(0)
+  %z = bf16[8,64]{1,0} conditional(%which, %y, %y), branch_computations={%in_the_cheap_branch, %in_the_dear_branch}
+  %all-reduce.2 = (bf16[8,64]{1,0:T(8,128)(2,1)}, f32[16]{0}) all-reduce(%z, %z), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add
+  %w = bf16[8,64]{1,0} get-tuple-element(%all-reduce.2), index=0
+  ROOT %next = (s32[]{:T(128)}, bf16[8,64]{1,0}) tuple(%i, %w)
+}
+
+%condition (t.1: (s32[], bf16[8,64])) -> pred[] {
+  %t.1 = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %rounds = s32[]{:T(128)} constant(6), metadata={op_name="jit(step)/while"}
+  %j = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %rounds), direction=LT
+}
+
+ENTRY %main (x.1: bf16[8,64]) -> bf16[8,64] {
+  %x.1 = bf16[8,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[8,64]{1,0}) tuple(%zero, %x.1)
+  %loop = (s32[]{:T(128)}, /*index=1*/bf16[8,64]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
+  %out = bf16[8,64]{1,0} get-tuple-element(%loop), index=1
+  %token = token[] after-all()
+  %out.1 = (bf16[8,64]{1,0}, u32[], token[]) send(%out, %token), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %moved = bf16[8,64]{1,0} collective-permute(%out), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+'''
+SIZES = {"data": 2, "fsdp": 4, "tensor": 1}
+CONFIG = str(runs.ROOT / "configs/pretrain/1b-v5e-16.yaml")
+
+
+def test_cycles_are_counted_as_often_as_their_loop_goes_round():
+    found = cycles.count(hlo.parse(PROGRAM))
+    assert found.total == 6 * (10 + 5 + 100)  # of the two branches the dear one
+    assert found.by_part == {"backward": 6 * 5, "optimizer and the rest": 6 * 110}
+    assert (found.kernels, found.unread_loops) == (6, 0)
+
+
+def test_collectives_by_axis_with_bytes_and_runs():
+    every = collectives.read(hlo.parse(PROGRAM), SIZES, slices=2)
+    over = next(c for c in every if c.times == 1 and c.kind == "all-reduce")
+    assert (over.axis, over.group, over.sent) == ("data", (0, 4), 1024)  # through the host, to the other slice
+    found = {c.kind: c for c in every if c is not over}
+    assert len(every) == 4
+    gather, reduce, permute = found["all-gather"], found["all-reduce"], found["collective-permute"]
+    assert (gather.axis, gather.times, gather.payload, gather.sent) == ("fsdp", 6, 1024, 768)  # once, though in two fusions
+    assert (reduce.axis, reduce.times, reduce.payload, reduce.sent) == ("data", 6, 1024 + 64, 1088)
+    assert (permute.axis, permute.times, permute.sent) == ("fsdp", 1, 1024)
+    assert collectives.per_layer(list(found.values()), 6) == {"fsdp all-gather": 1, "data all-reduce": 1}
+
+
+@pytest.mark.parametrize(("text", "members"), [
+    ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)), ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)), ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)), ("replica_groups={}", tuple(range(8))),
+])
+def test_every_way_to_write_a_group_is_read(text, members):
+    assert collectives.groups(text, 8) == members
+
+
+def test_a_program_compiled_here_is_read_as_the_emulated_devices_run_it():
+    """fsdp=8: every parameter of a layer is gathered, forward and backward, and its gradient summed over `fsdp` alone."""
+    prog = toy.program(toy.MODEL, devices=8, fsdp=8)
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in toy.batch().items()}
+    with jax.set_mesh(prog.mesh):
+        text = prog.train_step.lower(prog.abstract, batch).compile().as_text()
+    found = collectives.read(hlo.parse(text), dict(prog.mesh.shape))
+    assert {c.axis for c in found} == {"fsdp"}
+    weights = {leaf.size for leaf in jax.tree.leaves(prog.abstract.params["trunk"]["blocks_L"])}
+    gathered = sum(c.payload / 4 * c.times for c in found if c.kind == "all-gather")
+    assert gathered >= sum(w for w in weights if w > 1000)
+
+
+def test_a_slices_name_tells_its_chips_and_shape():
+    for name, chips, jax_name, accelerator in (("v5e-256", 256, "v5e:16x16", "v5litepod-256"), ("v5p-128", 64, "v5p:4x4x4", "v5p-128"),
+                                               ("v4-8", 4, "v4:2x2x1", "v4-8"), ("v6e-16", 16, "v6e:4x4", "v6e-16")):
+        found = find(name)
+        assert (found.devices, found.jax_name, found.accelerator_type) == (chips, jax_name, accelerator)
+    assert find("v5e-16", slices=2).devices == 32
+    assert {n.partition("-")[0] for n in known()} == {"v4", "v5e", "v5p", "v6e"}
+
+
+def test_the_clock_gives_the_published_peak():
+    """The clocks come from units x rows x columns x 2 x clock = the chip's bf16 peak."""
+    for name, units, side in (("v4-8", 8, 128), ("v5e-4", 4, 128), ("v5p-8", 8, 128), ("v6e-4", 4, 256)):
+        topology = find(name)
+        assert units * side**2 * 2 * topology.clock_hz == pytest.approx(topology.chip.bf16_flops, rel=0.01)
+
+
+def test_link_seconds_by_hand():
+    whole = [((x, y), 0) for x in range(16) for y in range(16)]
+    v5e = find("v5e-256")
+    assert link_seconds(v5e, "all-gather", 200e9, whole) == (pytest.approx(1.0), "4 links")  # two rings, both ways, 50 GB/s
+    assert link_seconds(v5e, "all-gather", 200e9, whole[:16])[0] == pytest.approx(2.0)  # one ring
+    assert link_seconds(v5e, "all-gather", 200e9, whole[:8])[0] == pytest.approx(4.0)  # a line
+    assert link_seconds(find("v5e-256", 2), "all-reduce", 25e9, [((0, 0), 0), ((0, 0), 1)])[0] == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ([], "topology is missing"), (["--topology=v5e-17"], "known: v4-{8,16"), (["--topology=v5litepod-16"], "did you mean 'v5e-16'"),
+    (["--topology=v5e-64"], "needs 16 devices, found 64 in v5e-64"),
+    (["--topology=v5e-16", "--mesh.dcn.data=2", "--mesh.fsdp=8"], "needs 16 devices, found 32 in 2 slices of v5e-16"),
+    (["--topology=v5e-16", "--mesh.dcn.data=0"], "should be a positive number of slices"),
+    (["--topology=v5e-16", "--model.vocab_size=null"], "give --model.vocab_size=N"),
+])
+def test_mistakes_are_one_line_before_any_compile(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a child was started"))
+    assert cli.main(["plan", "compile", CONFIG, *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_without_libtpu_the_install_line_is_told(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert cli.main(["plan", "compile", CONFIG, "--topology=v5e-16"]) == 2
+    assert f"-m pip install --no-deps --target {tmp_path}/libtpu 'libtpu==" in capsys.readouterr().err
+
+
+def settings(**train) -> CompileVerb:
+    from jaxllm import config
+
+    cfg = config.load(CompileVerb, CONFIG, ["topology=v5e-16"])
+    return fit.with_changes(cfg, train={"remat": "none"} | train)
+
+
+def compiled(cfg: CompileVerb) -> dict:
+    """Stands in for a compilation: only full remat and two micro-batches fit; the latter is faster."""
+    gb = 30 - 20 * (cfg.train.remat == "full") - 15 * (cfg.train.micro_batches > 1)
+    return {"fits": gb < 17, "memory": {"peak": gb * 1e9}, "step_s": [0, 2.0 if cfg.train.remat == "full" else 1.0]}
+
+
+def test_the_single_change_that_makes_it_fit_is_found_by_trying():
+    rows = fit.single_changes(settings(), find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "tensor": 1}}, compiled, lambda line: None)
+    assert [r["change"] for r in rows if r["fits"]] == ["--train.micro_batches=2", "--train.remat=full"]  # the faster first
+    assert {"--train.loss_chunk=128", "--train.remat=qkv"} <= {r["change"] for r in rows if not r["fits"]}
+
+
+def test_the_front_holds_what_nothing_beats():
+    def row(peak, step, fits=True):
+        return {"peak_gb": peak, "step_s": step, "fits": fits}
+
+    marked = fit.mark_best([row(4, 2.0), row(8, 1.0), row(8, 1.5), row(2, 0.5, fits=False), row(9, 1.0)])
+    assert [(r["peak_gb"], r["step_s"]) for r in marked if r["best"]] == [(8, 1.0), (4, 2.0)]
+
+
+def test_a_search_tries_only_what_divides():
+    cfg = dataclasses.replace(settings(), tries=100)
+    tried = fit.ways(cfg, find("v5e-16"))
+    assert len(tried) == len({str(w) for w in tried}) > 10
+    for mesh, _, micro in tried:
+        assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 16
+        assert cfg.train.batch_size // micro % (mesh["data"] * mesh["fsdp"]) == 0
+
+
+def test_a_refused_program_tells_what_it_needs():
+    from jaxllm.plan.step import too_large
+
+    told = too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 34.25G of 15.75G hbm. Exceeded by 18.5G.\n"
+                     '  1. Size: 2.00G\n     Operator: op_name="jit(step)/dot"\n')["refused"]
+    assert (told["needs"], told["has"]) == (34.25 * 2**30, 15.75 * 2**30)
+    early = too_large("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (49.53G) exceeds "
+                      "available HBM (15.75G).")["refused"]
+    assert early == {"needs": 49.53 * 2**30, "has": 15.75 * 2**30, "largest": []}
+    assert told["largest"] == [{"bytes": 2 * 2**30, "from": "jit(step)/dot"}]
+
+
+BESIDE = pathlib.Path(sys.prefix) / "libtpu"  # where launch/local.sh puts it
+
+
+def compile_for_tpu(tmp_path, *words: str) -> dict:
+    if not BESIDE.is_dir() and importlib.util.find_spec("libtpu") is None and "LIBTPU" not in os.environ:
+        pytest.skip("no libtpu; launch/local.sh test installs it, or: pip install 'jax[tpu]'")
+    where = os.pathsep.join([str(runs.ROOT), os.environ.get("LIBTPU", str(BESIDE))])
+    done = subprocess.run([sys.executable, "-m", "jaxllm", "plan", "compile", *words, f"--json={tmp_path}/found.json"],
+                          capture_output=True, text=True, check=False, cwd=runs.ROOT, timeout=1500,
+                          env=os.environ | {"PYTHONPATH": where, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert not found.get("copies")
+    return found
+
+
+@pytest.mark.slow
+def test_the_demo_compiles_for_one_tpu_host(tmp_path):
+    found = compile_for_tpu(tmp_path, "configs/pretrain/demo.yaml", "--topology=v5e-4", "--mesh.fsdp=4", "--mesh.data=1",
+                            "--model.vocab_size=4096")
+    assert found["kernels"] >= 3  # forward, and the two kernels of the backward
+    assert found["memory"]["peak"] < 1e9
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_on_sixteen_chips_reach_their_goals(tmp_path):
+    found = compile_for_tpu(tmp_path, "configs/pretrain/1b-v5e-16.yaml", "--topology=v5e-16")
+    assert found["memory"]["peak"] <= 3.38e9
+    assert found["compute_s"] <= 0.60
+    assert found["memory"]["arguments"] == pytest.approx(12 * found["parameters"] / 16, rel=0.05)  # split in sixteen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [["gpipe"], ["1f1b"], ["interleaved", "--train.virtual_stages=2"], ["zero_bubble"]], ids=lambda s: s[0])
+def test_every_pipeline_schedule_compiles_for_tpu_with_the_splash_kernel(schedule, tmp_path):
+    (tmp_path / "toy.yaml").write_text(
+        "model: {d_model: 256, n_layers: 4, n_heads: 4, n_kv_heads: 2, vocab_size: 512, max_seq_len: 256}\n"
+        "data: {seq_len: 256}\ntrain: {steps: 10, batch_size: 16, micro_batches: 4}\nmesh: {stage: 2, fsdp: 2, data: 1}\n")
+    name, *more = schedule
+    found = compile_for_tpu(tmp_path, str(tmp_path / "toy.yaml"), "--topology=v5e-4", f"--train.pipeline={name}", *more)
+    assert found["kernels"] >= 4  # the forward's kernel, and the backward's, which begins with the forward's again
+    assert found["memory"]["peak"] < 0.1e9
+
+
+@pytest.mark.slow
+def test_a_sequence_in_parts_compiles_for_tpu_with_the_splash_kernel(tmp_path):
+    found = compile_for_tpu(tmp_path, "configs/pretrain/demo.yaml", "--topology=v5e-4", "--mesh.data=2", "--mesh.context=2",
+                            "--model.vocab_size=4096", "--data.seq_len=1024", "--model.max_seq_len=1024")
+    assert found["kernels"] >= 16  # two chunks on either of two devices: forward, again in the backward, and its two kernels
