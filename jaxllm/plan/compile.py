@@ -44,7 +44,8 @@ def say(line: str) -> None:
 
 
 def describe(cfg: CompileVerb) -> str:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(cfg.mesh).items() if size != 1) or "one device"
+    degrees_of = {name: size for name, size in config.flatten(dataclasses.asdict(cfg.mesh)).items() if size != 1}
+    mesh = " x ".join(f"{axis} {size}" for axis, size in degrees_of.items()) or "one device"
     return f"mesh {mesh}, remat {cfg.train.remat}, micro-batches {cfg.train.micro_batches}, loss chunk {cfg.train.loss_chunk}"
 
 
