@@ -35,11 +35,10 @@ def test_meeting_after_every_step_of_sgd_is_synchronous_training(mesh):
 
 
 def test_between_meetings_each_group_is_a_run_of_its_own():
-    batches = whole_batches(2)
-    state, _ = toy.run(program(inner_steps=5), batches)
-    start = toy.program(optim=SGD)
-    with jax.set_mesh(start.mesh):
-        first = start.init()
+    batches, prog = whole_batches(2), program(inner_steps=5)
+    with jax.set_mesh(prog.mesh):
+        first = prog.init()
+    state, _ = toy.run(prog, batches)
     assert toy.worst(state.params, first.params)[0] == 0  # they have not met
     rows = toy.ROWS // 4
     for g in range(4):

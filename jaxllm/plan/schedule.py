@@ -99,6 +99,7 @@ def draw(schedule: Schedule, path: str) -> None:
                           fontsize=7 if box > 0.2 else 5)
     axes.set(xlim=(0, ticks), ylim=(p, 0), xlabel="tick", yticks=[s + 0.5 for s in range(p)],
              yticklabels=[f"stage {s}" for s in range(p)])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(describe(facts(schedule)).split("\nlive")[0], fontsize=9, loc="left")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
