@@ -42,10 +42,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 def _slices(devices, n: int) -> list[list]:
     """Returns the devices of each of n slices; raises UserError when the hardware has another number of them."""
-    found = {getattr(d, "slice_index", 0) for d in devices}
+    on_tpu = devices[0].platform == "tpu"
+    found = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
     if len(found) > 1 and len(found) != n:
         raise UserError(f"mesh.dcn: its degrees are for {n} slices, found {len(found)}")
-    if len(found) == 1:  # a CPU's or GPU's hosts stand for slices
+    if len(found) == 1:  # devices in a row stand for slices: a CPU's or GPU's hosts
         return [list(part) for part in np.array(devices).reshape(n, -1)]
     return [[d for d in devices if d.slice_index == i] for i in sorted(found)]
 

@@ -119,6 +119,7 @@ def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, c
 
 @pytest.mark.parametrize(("words", "says"), [
     (["--train.groups=2", "--train.sync=diloco"], "train.groups=2: should be the degree of mesh.data (times mesh.dcn.data), which is 8"),
+    (["--train.sync=diloco", "--train.groups=8", "--optim.zero1=true"], "optim.zero1=true with train.sync=diloco"),
     (["--train.sync=local_sgd"], "local_sgd and diloco need 2 groups or more"),
     (["--train.sync=diloco", "--train.groups=8", "--train.inner_steps=7"], "train.steps=24 is not divisible by train.inner_steps=7"),
     (["--train.sync=diloco", "--train.groups=2", "--mesh.stage=2", "--mesh.fsdp=2", "--model.n_layers=2", "--train.micro_batches=2"],

@@ -205,6 +205,16 @@ def test_a_search_tries_only_what_divides():
         assert cfg.train.batch_size // micro % (mesh["data"] * mesh["fsdp"]) == 0
 
 
+def test_what_does_not_divide_is_not_tried():
+    cfg = settings()
+    whole = {"data": 1, "fsdp": 16, "tensor": 1}
+    assert fit.divides(cfg, whole)
+    # as many rows as the model is wide, so that one size must not stand for the other
+    wide = fit.with_changes(cfg, model={"d_model": 48, "n_heads": 4, "d_ff": 64}, train={"batch_size": 48})
+    assert fit.divides(wide, {"data": 1, "fsdp": 16, "tensor": 1}) and not fit.divides(wide, {"data": 2, "fsdp": 16, "tensor": 1})
+    assert not fit.divides(wide, {"data": 16, "fsdp": 1, "tensor": 3})
+
+
 def test_a_refused_program_tells_what_it_needs():
     from jaxllm.plan.step import too_large
 

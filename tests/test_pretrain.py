@@ -178,6 +178,50 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert not any(p.name.isdigit() for p in (tmp_path / "run/checkpoints").iterdir())
 
 
+def test_a_folder_from_before_a_key_existed_goes_on(done, tmp_path):
+    folder, config = done
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    saved = yaml.safe_load((copy / "config.yaml").read_text())
+    del saved["model"]["rope_theta"], saved["train"]["z_loss"]
+    (copy / "config.yaml").write_text(yaml.safe_dump(saved), encoding="utf-8")
+    assert pretrain(config, f"--run.dir={copy}", "--train.steps=25") == 0
+    told = runs.lines(copy / "incidents.jsonl")[-1]["message"]
+    assert "train.steps: 24 -> 25" in told and "rope" not in told
+
+
+def test_a_broken_config_of_a_run_is_told_in_a_line(done, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(done[0], copy)
+    (copy / "config.yaml").write_text("train: {steps: [1", encoding="utf-8")
+    assert cli.main(["inspect", str(copy)]) == 2
+    assert "config.yaml: not valid YAML" in capsys.readouterr().err
+
+
+def test_without_a_place_for_compiled_programs_training_goes_on(tmp_path, capsys):
+    from jaxllm.platform import start_jax
+
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        start_jax(tmp_path / "file" / "cache")
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert "compiled programs are not kept" in capsys.readouterr().err
+
+
+def test_the_time_left_counts_what_is_done_beside_training():
+    from jaxllm.train.loop import Clock
+
+    clock = Clock()
+    for _ in range(4):
+        clock.step_done()
+    clock.was_aside(8.0)
+    assert clock.seconds_left(10, 0.5) == 10 * (0.5 + 8 / 4)
+
+
 def test_overwrite_starts_anew(done, tmp_path):
     folder, config = done
     copy = tmp_path / "run"

@@ -69,9 +69,9 @@ def candidates(cfg: CompileVerb, topology: Topology, sizes: dict[str, int]) -> I
 def divides(cfg: CompileVerb, sizes: dict[str, int]) -> bool:
     """Returns whether a mesh of these degrees inside each slice divides the model's sizes and the batch."""
     m, rows = cfg.model, cfg.train.batch_size // cfg.train.micro_batches
-    split = {m.d_model: sizes["fsdp"] * cfg.mesh.dcn.fsdp, rows: sizes["data"] * sizes["fsdp"] * cfg.slices}
-    return (all(size % parts == 0 for size, parts in split.items())
-            and all(size % sizes["tensor"] == 0 for size in (m.kv_heads, m.ff_width, m.vocab_size)))
+    split = [(m.d_model, sizes["fsdp"] * cfg.mesh.dcn.fsdp), (rows, sizes["data"] * sizes["fsdp"] * cfg.slices)]
+    split += [(size, sizes["tensor"]) for size in (m.kv_heads, m.ff_width, m.vocab_size)]
+    return all(size % parts == 0 for size, parts in split)
 
 
 def search(cfg: CompileVerb, topology: Topology, compile_one: Callable, say: Callable) -> list[dict]:

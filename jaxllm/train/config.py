@@ -149,6 +149,9 @@ class PretrainConfig:
     def __post_init__(self):
         if (self.train.steps is None) == (self.train.tokens is None):
             raise ValueError(f"give one of train.steps and train.tokens, found {self.train.steps} and {self.train.tokens}")
+        if self.optim.zero1 and self.train.sync != "every_step":
+            raise ValueError(f"optim.zero1=true with train.sync={self.train.sync}: each group has moments of its own, which "
+                             "cannot be split over mesh.data")
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}")
 

@@ -62,7 +62,8 @@ def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
         _check_ours(folder)
     if cfg.run.overwrite or not (folder / "config.yaml").exists():
         return []
-    before, now = config.flatten(read_yaml(folder)), config.flatten(resolved)
+    # with today's defaults for keys that a folder written earlier does not have
+    before, now = config.flatten(config.to_dict(read_config(folder))), config.flatten(resolved)
     differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(NOT_COMPARED)]
     changes = {k: f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ}
     blocking = [c for k, c in changes.items() if not k.startswith(MAY_CHANGE)]
