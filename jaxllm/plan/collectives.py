@@ -13,6 +13,8 @@ from jaxllm.plan.hlo import Instruction, Module, array_bytes, runs
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
 
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -75,13 +77,13 @@ def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) ->
 
 
 def groups(text: str, n_devices: int) -> tuple[int, ...]:
-    """Returns the first of an instruction's replica groups, written in any of XLA's three ways."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    """Returns the first of an instruction's replica groups, written in any of XLA's three ways; raises on a fourth."""
+    if found := MESH_GROUPS.search(text):
         dims = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        ids, names, used = np.arange(math.prod(dims.values())), [], []
-        shape = []
+        ids = transposed(found[2] or str(math.prod(dims.values())), found[3])
+        shape, names, used = [], [], []
         for name, n in dims.items():
-            part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", found[2])
+            part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", found[4])
             if part and part[1]:  # a part of the axis: (what is left of it)its size
                 pre, size = int(part[1]), int(part[2])
                 shape += [pre, size, n // pre // size]
@@ -93,13 +95,19 @@ def groups(text: str, n_devices: int) -> tuple[int, ...]:
         grid = ids.reshape(shape)
         return tuple(int(d) for d in grid[tuple(slice(None) if n in used else 0 for n in names)].ravel())
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        ids = np.arange(int(found[1]) * int(found[2])).reshape([int(d) for d in found[3].split(",")])
-        if found[4]:
-            ids = ids.transpose([int(d) for d in found[4].split(",")])
-        return tuple(int(d) for d in ids.reshape(int(found[1]), int(found[2]))[0])
+        return tuple(int(d) for d in transposed(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return tuple(int(d) for d in found[1].split(","))
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        raise ValueError(f"replica groups that cannot be read: {text[text.index('replica_groups='):][:200]}")
     return tuple(range(n_devices))  # none given: all of them
+
+
+def transposed(dims: str, axes: str | None) -> np.ndarray:
+    """Returns 0, 1, 2, … in an array of these dimensions, its axes in another order: "2,4", "1,0"."""
+    shape = [int(d) for d in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(a) for a in axes.split(",")]) if axes else ids
 
 
 def axis_of(group: Sequence[int], sizes: dict[str, int]) -> str:
