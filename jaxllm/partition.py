@@ -111,6 +111,25 @@ def on_each_device(local, in_axes, out_axes):
     return jax.shard_map(local, in_specs=tuple(map(part, in_axes)), out_specs=part(out_axes), axis_names=free, check_vma=False)
 
 
+def phases(mesh: Mesh) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns, for each mesh axis that lies over several directions of a TPU slice's network, how many chips it has in each.
+
+    (("fsdp", (4, 4)),): the outermost direction first. Axes whose devices stand in another order are left out.
+    """
+    found = []
+    for i, axis in enumerate(mesh.axis_names):
+        line = np.moveaxis(mesh.devices, i, 0).reshape(mesh.devices.shape[i], -1)[:, 0]
+        if not hasattr(line[0], "coords") or len({getattr(d, "slice_index", 0) for d in line}) > 1:
+            continue
+        steps = np.array([d.coords for d in line]).T  # [direction, place]
+        moving = sorted((row for row in steps if len(set(row)) > 1), key=lambda row: -int(np.argmax(row != row[0])))
+        sizes = tuple(len(set(row)) for row in moving)
+        inner = [np.unique(row, return_inverse=True)[1].ravel() for row in moving]
+        if len(sizes) > 1 and np.array_equal(inner, np.unravel_index(np.arange(len(line)), sizes)):
+            found.append((axis, sizes))
+    return tuple(found)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

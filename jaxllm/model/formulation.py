@@ -19,6 +19,7 @@ class Formulation:
     flatten: bool  # [B, T] merged into one axis before each matmul
     context: int = 1  # parts of a sequence that are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
+    phases: tuple = ()  # of sums over a mesh axis: partition.phases
     remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
 
 
@@ -31,9 +32,9 @@ PLATFORMS = {
 }
 
 
-def for_platform(platform: str, *, remat: str = "none") -> Formulation:
+def for_platform(platform: str, *, remat: str = "none", phases: tuple = ()) -> Formulation:
     """Returns the formulation of a mesh's platform."""
-    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat)
+    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat, phases=phases)
 
 
 REFERENCE = Formulation(attention=partial(dense_masked, implementation="xla"), attention_at=dense_at, unroll=False,

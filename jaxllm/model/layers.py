@@ -83,14 +83,14 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, K, H = cfg.d_model, cfg.kv_heads, cfg.head_dim
         G = cfg.n_heads // K
-        self.flatten = form.flatten
+        self.form = form
         # One matmul for all three; a kv head's G queries, key and value stay on one device.
         self.qkv_DKGH = weight(rngs, {"embed": D, "kv_heads": K, "qkv": G + 2, "head_dim": H}, std=std_of(cfg, D))
         self.out_NHD = weight(rngs, {"heads": cfg.n_heads, "head_dim": H, "embed": D},
                               std=std_of(cfg, D, residual=True))
 
     def __call__(self, x_BTD, angles, attend, cache=None):
-        (qkv_BTKGH,) = columns(x_BTD, self.qkv_DKGH, flatten=self.flatten)
+        (qkv_BTKGH,) = columns(x_BTD, self.qkv_DKGH, form=self.form)
         qkv_BTKGH = checkpoint_name(constrain(qkv_BTKGH, "batch", "seq", "kv_heads", None, None), "qkv")
         B, T, K, G, H = qkv_BTKGH.shape
         # split, not slices: its derivative is one concatenation instead of a sum of padded arrays
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
         if angles is not None:
             q_BTNH, k_BTKH = rope(q_BTNH, *angles), rope(k_BTKH, *angles)
         o_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache)
-        return rows(o_BTNH, self.out_NHD, self.flatten), cache
+        return rows(o_BTNH, self.out_NHD, self.form), cache
 
 
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu2": lambda x: jnp.square(jax.nn.relu(x))}
@@ -110,13 +110,13 @@ class FeedForward(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.ff_width
-        self.flatten, self.activation = form.flatten, cfg.activation
+        self.form, self.activation = form, cfg.activation
         self.up_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
 
     def __call__(self, x_BTD):
-        (up_BTF,) = columns(x_BTD, self.up_DF, flatten=self.flatten)
-        return rows(constrain(ACTIVATIONS[self.activation](up_BTF), "batch", "seq", "mlp"), self.down_FD, self.flatten)
+        (up_BTF,) = columns(x_BTD, self.up_DF, form=self.form)
+        return rows(constrain(ACTIVATIONS[self.activation](up_BTF), "batch", "seq", "mlp"), self.down_FD, self.form)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,16 +139,16 @@ class GatedFeedForward(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.ff_width
-        self.flatten, self.activation = form.flatten, cfg.activation
+        self.form, self.activation = form, cfg.activation
         self.gate_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.up_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
 
     def __call__(self, x_BTD):
-        gate_BTF, up_BTF = columns(x_BTD, self.gate_DF, self.up_DF, flatten=self.flatten)
+        gate_BTF, up_BTF = columns(x_BTD, self.gate_DF, self.up_DF, form=self.form)
         gate_BTF, up_BTF = constrain(gate_BTF, "batch", "seq", "mlp"), constrain(up_BTF, "batch", "seq", "mlp")
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
-        return rows(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD, self.flatten)
+        return rows(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD, self.form)
 
 
 def dropout(x_BTD, rate: float, key):

@@ -9,13 +9,16 @@ B batch, T position, D width, V vocabulary, L layers.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jaxllm.model.formulation import Formulation
 from jaxllm.partition import RULES, free_axes, kept
 
 GATHERED = "gathered"  # what is named so is gathered again in the backward pass, whatever else a remat policy keeps
@@ -27,40 +30,41 @@ def stream() -> str:
     return "seq" if "stage" in jax.sharding.get_abstract_mesh().manual_axes else "residual_seq"
 
 
-def columns(x_BTD, *weights: nnx.Param, flatten: bool) -> tuple[jax.Array, ...]:
+def columns(x_BTD, *weights: nnx.Param, form: Formulation) -> tuple[jax.Array, ...]:
     """Returns x_BTD @ w [D, …] for each weight: every device computes its own heads or features."""
     if not free_axes():
-        return tuple(dense(x_BTD, w[...], flatten) for w in weights)
+        return tuple(dense(x_BTD, w[...], form.flatten) for w in weights)
     x_axes = kept(x_BTD.shape, "batch", stream(), "act")
     seq = kept(x_BTD.shape, "batch", "seq", "act")[1]
     w_axes = [kept(w.shape, *w.axes) for w in weights]
 
     def local(x_BTD, *w_locals):
-        x_BTD = gather(x_BTD, 1, x_axes[1][len(seq):])
-        return tuple(dense(x_BTD, gather(w, 0, axes[0]), flatten) for w, axes in zip(w_locals, w_axes, strict=True))
+        x_BTD = gather(x_BTD, 1, x_axes[1][len(seq):], form.phases)
+        whole = [gather(w, 0, axes[0], form.phases) for w, axes in zip(w_locals, w_axes, strict=True)]
+        return tuple(dense(x_BTD, w, form.flatten) for w in whole)
 
     out_axes = tuple(placed([x_axes[0], seq, *axes[1:]]) for axes in w_axes)
     return on_parts(local, (placed(x_axes), *map(placed, w_axes)), out_axes)(x_BTD, *(w[...] for w in weights))
 
 
-def rows(h, w: nnx.Param, flatten: bool) -> jax.Array:
+def rows(h, w: nnx.Param, form: Formulation) -> jax.Array:
     """Returns h [B, T, …] @ w […, D]: every device multiplies its own heads or features, and the products are summed."""
     *features, D = w.shape
     if not free_axes():
-        return dense(h.reshape(*h.shape[:2], -1), w[...].reshape(-1, D), flatten)
+        return dense(h.reshape(*h.shape[:2], -1), w[...].reshape(-1, D), form.flatten)
     w_axes, h_axes = kept(w.shape, *w.axes), kept(h.shape, "batch", "seq", *w.axes[:-1])
     y_axes = kept((*h.shape[:2], D), "batch", stream(), "act")
     summed = tuple(a for axes in w_axes[:-1] for a in axes)
 
     def local(h, w):
-        w = gather(w, len(features), w_axes[-1])
-        y_BTD = dense(h.reshape(*h.shape[:2], -1), w.reshape(-1, D), flatten)
-        return scatter(y_BTD, 1, y_axes[1][len(h_axes[1]):], summed)
+        w = gather(w, len(features), w_axes[-1], form.phases)
+        y_BTD = dense(h.reshape(*h.shape[:2], -1), w.reshape(-1, D), form.flatten)
+        return scatter(y_BTD, 1, y_axes[1][len(h_axes[1]):], summed, form.phases)
 
     return on_parts(local, (placed(h_axes), placed(w_axes)), placed(y_axes))(h, w[...])
 
 
-def look_up(table_VD: nnx.Param, token_BT) -> jax.Array:
+def look_up(table_VD: nnx.Param, token_BT, form: Formulation) -> jax.Array:
     """Returns the rows of a table that is split by words: each device looks up its own words, and the parts are summed."""
     if not free_axes():
         return table_VD[...][token_BT]
@@ -68,11 +72,11 @@ def look_up(table_VD: nnx.Param, token_BT) -> jax.Array:
     y_axes = kept((*token_BT.shape, table_VD.shape[1]), "batch", stream(), "act")
 
     def local(table_VD, token_BT):
-        table_VD = gather(table_VD, 1, t_axes[1])
+        table_VD = gather(table_VD, 1, t_axes[1], form.phases)
         own_BT = token_BT - place(t_axes[0]) * table_VD.shape[0]
         here_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
         x_BTD = jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, own_BT, 0)], jnp.zeros((), table_VD.dtype))
-        return scatter(x_BTD, 1, y_axes[1][len(token_axes[1]):], t_axes[0])
+        return scatter(x_BTD, 1, y_axes[1][len(token_axes[1]):], t_axes[0], form.phases)
 
     return on_parts(local, (placed(t_axes), placed(token_axes)), placed(y_axes))(table_VD[...], token_BT)
 
@@ -151,17 +155,47 @@ def place(axes: tuple[str, ...]):
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def gather(x, dim: int, axes: tuple[str, ...]):
+def gather(x, dim: int, axes: tuple[str, ...], phases: tuple = ()):
     """Returns all parts of `x`, side by side along `dim`."""
-    return checkpoint_name(jax.lax.all_gather(x, axes, axis=dim, tiled=True), GATHERED) if axes else x
+    return checkpoint_name(all_gather(x, dim, axes, phases), GATHERED) if axes else x
 
 
-def scatter(x, dim: int, axes: tuple[str, ...], summed: tuple[str, ...]):
+def scatter(x, dim: int, axes: tuple[str, ...], summed: tuple[str, ...], phases: tuple = ()):
     """Returns the sum of `x` over the mesh axes `summed`, of which a device keeps its part of `dim`, by `axes`."""
     x = by_stages(x, tuple(a for a in summed if a not in axes))
     copies = size(a for a in axes if a not in summed)
     x = x if copies == 1 else x / copies
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+    return reduce_scatter(x, dim, axes, phases) if axes else x
+
+
+# These two are each other's transpose. jax knows that; but a sum in phases would have a gathering in phases, which needs none.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def all_gather(x, dim: int, axes: tuple[str, ...], phases: tuple):
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def reduce_scatter(x, dim: int, axes: tuple[str, ...], phases: tuple):
+    """Returns a device's part of the sum, in one phase for each direction of the network that the axis lies over.
+
+    In one go XLA's TPU compiler makes it an all-reduce that is cut, which sends twice the bytes.
+    """
+    sizes = dict(phases).get(axes[0], ()) if len(axes) == 1 else ()
+    if len(sizes) < 2:
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    for i, n in enumerate(sizes):
+        groups = np.moveaxis(places, i, -1).reshape(-1, n).tolist()
+        x = jax.lax.psum_scatter(x, axes[0], scatter_dimension=dim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+all_gather.defvjp(lambda x, *how: (all_gather(x, *how), None),
+                  lambda dim, axes, phases, _, d: (reduce_scatter(d, dim, axes, phases),))
+reduce_scatter.defvjp(lambda x, *how: (reduce_scatter(x, *how), None),
+                      lambda dim, axes, phases, _, d: (all_gather(d, dim, axes, phases),))
 
 
 def by_stages(x, axes: tuple[str, ...]):

@@ -63,7 +63,7 @@ class Trunk(nnx.Module):
         return self.norm(x_BTD), cache_L
 
     def embed(self, token_BT):
-        return residual(look_up(self.embed_VD, token_BT))
+        return residual(look_up(self.embed_VD, token_BT, self.form))
 
     def angles(self, pos_BT):
         """Returns what every layer rotates queries and keys by; None without rotary positions."""

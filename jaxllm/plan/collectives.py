@@ -37,17 +37,21 @@ def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collect
     """Returns the collectives of one step on a mesh of these axes, slowest first.
 
     A collective that the compiler spread over several fusions, to run it beside other work, appears in each of them under
-    one channel: it is counted once. What goes to other slices is sent through the host and named beside the sending.
+    one channel: it is counted once. A reduce-scatter may be a fusion that holds an
+    all-reduce and a cut. What goes to other slices is sent through the host and named beside the sending.
     """
-    found, seen = [], set()
+    found, seen, scattered = [], set(), set()
     for i, times in runs(module, of_instruction):
         if i.opcode == "send" and (over := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)):
             group = across(sizes, slices)
             named = over[1].lower().replace("_", "-")
             found.append(Collective(named, axis_of(group, sizes), group, array_bytes(i.shape)[0], times, i.op_name))
         kind = i.opcode.removesuffix("-start")
+        if i.opcode == "fusion" and i.called.get("calls", "").startswith("all-reduce-scatter"):
+            scattered |= set(module.computations[i.called["calls"]])
         if kind not in KINDS:
             continue
+        kind = "reduce-scatter" if i in scattered else kind
         channel = re.search(r"channel_id=(\d+)", i.rest)
         if "chain_id=" in i.rest and channel:
             if (channel[1], times) in seen:
@@ -72,7 +76,7 @@ def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) ->
     arrays = array_bytes(i.shape)
     if i.opcode.endswith("-start"):  # (what goes in, what comes out, contexts); an all-reduce's is what comes out
         arrays = arrays if kind == "all-reduce" else [max(arrays)]
-    payload = sum(arrays) * (len(group) if kind == "reduce-scatter" else 1)
+    payload = sum(arrays) * (len(group) if i.opcode == "reduce-scatter" else 1)  # a part comes out
     return Collective(kind, axis_of(group, sizes), group, payload, times, i.op_name)
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxllm.train.vocabulary import on_vocabulary, summed
 
 
-def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss: float = 0.0, label_smoothing: float = 0.0):
+def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
+                    phases: tuple = ()):
     """Returns (Σ weight · loss, Σ weight), both float32, of predicting `target_BT` from the last hidden states.
 
     loss = −(1 − ε) log p[target] − ε · mean of log p over the vocabulary + z_loss · log² Z, with ε = label_smoothing
@@ -21,7 +22,7 @@ def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss:
     On a mesh each device computes its own rows' logits for its own part of the vocabulary; the head is gathered once, its
     gradient summed once.
     """
-    loss = _summed_loss(chunk, z_loss, label_smoothing, x_BTD, head_DV, target_BT, weight_BT)
+    loss = _summed_loss(chunk, z_loss, label_smoothing, phases, x_BTD, head_DV, target_BT, weight_BT)
     return loss, summed(weight_BT)
 
 
@@ -36,8 +37,8 @@ def token_logps(x_BTD, head_DV, target_BT, *, chunk: int):
     return _by_chunks(chunk, visit, None, x_BTD, target_BT)[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed_loss(chunk, z_loss, smoothing, x_BTD, head_DV, target_BT, weight_BT):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _summed_loss(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight_BT):
     def local(parts, x_BTD, head_DV, target_BT, weight_BT):
         def visit(total, x_BCD, target_BC, weight_BC):
             logit_BCV = _logits(x_BCD, head_DV)
@@ -52,7 +53,7 @@ def _summed_loss(chunk, z_loss, smoothing, x_BTD, head_DV, target_BT, weight_BT)
     return on_vocabulary(local, x_BTD, head_DV, (target_BT, weight_BT), ("total",))
 
 
-def _forward(chunk, z_loss, smoothing, x_BTD, head_DV, target_BT, weight_BT):
+def _forward(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight_BT):
     V = head_DV.shape[1]
 
     def local(parts, x_BTD, head_DV, target_BT, weight_BT):
@@ -75,12 +76,12 @@ def _forward(chunk, z_loss, smoothing, x_BTD, head_DV, target_BT, weight_BT):
         (total, d_head_DV), (d_x_BTD, loss_BT) = _by_chunks(parts.share(chunk), visit, start, *arrays)
         return parts.over_tokens(total), parts.own_positions(d_x_BTD), parts.own_width(d_head_DV), loss_BT
 
-    out = on_vocabulary(local, x_BTD, head_DV, (target_BT, weight_BT), ("total", "x", "head", "tokens"))
+    out = on_vocabulary(local, x_BTD, head_DV, (target_BT, weight_BT), ("total", "x", "head", "tokens"), phases)
     total, d_x_BTD, d_head_DV, loss_BT = out
     return total, (d_x_BTD, d_head_DV.astype(head_DV.dtype), loss_BT)
 
 
-def _backward(chunk, z_loss, smoothing, saved, d_total):
+def _backward(chunk, z_loss, smoothing, phases, saved, d_total):
     d_x_BTD, d_head_DV, loss_BT = saved
     return d_x_BTD * d_total.astype(d_x_BTD.dtype), d_head_DV * d_total.astype(d_head_DV.dtype), None, loss_BT * d_total
 

@@ -18,7 +18,7 @@ from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
 from jaxllm.parallel import local_sgd
 from jaxllm.parallel.context import over_context
-from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
+from jaxllm.partition import batch_sharding, check_divides, phases, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.optim import Optimizer
 from jaxllm.train.stages import pipelined, schedule_of
@@ -52,7 +52,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     Raises UserError when the mesh does not divide a parameter, the batch, or a part of the batch.
     """
     platform = mesh.devices.flat[0].platform
-    form = for_platform(platform, remat=train.remat)
+    form = for_platform(platform, remat=train.remat, phases=phases(mesh))
     if mesh.shape["context"] > 1:
         form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)

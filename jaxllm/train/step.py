@@ -32,7 +32,7 @@ def loss_sum(objective: Objective, params, batch, key=None):
     batch = balance(batch, model.trunk.form.context)
     x_BTD = model.hidden(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key)
     return next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
-                           z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
+                           z_loss=objective.z_loss, label_smoothing=objective.label_smoothing, phases=model.trunk.form.phases)
 
 
 def accumulated(objective: Objective, micro_batches: int, params, batch, key):

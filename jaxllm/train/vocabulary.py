@@ -24,6 +24,7 @@ class Parts:
     of_rows: tuple[str, ...] = ()
     of_targets: tuple[str, ...] = ()  # of the positions of targets and weights
     of_stream: tuple[str, ...] = ()  # of the positions of x, beyond those
+    phases: tuple = ()  # of sums over an axis: partition.phases
 
     def share(self, chunk: int) -> int:
         """Returns how many positions a device computes at a time, for `chunk` over all of them."""
@@ -35,7 +36,7 @@ class Parts:
 
     def own_positions(self, d_x_BTD):
         """Returns the sum of the gradient over the parts of the vocabulary, as x is split."""
-        return scatter(d_x_BTD, 1, self.of_stream, self.of_words)
+        return scatter(d_x_BTD, 1, self.of_stream, self.of_words, self.phases)
 
     def is_target(self, target_BC, words: int):
         return (target_BC - place(self.of_words) * words)[..., None] == jnp.arange(words, dtype=target_BC.dtype)[None, None]
@@ -52,18 +53,19 @@ class Parts:
     def own_width(self, d_head_DV):
         """Returns the sum of the head's gradient over all tokens, as the head is split."""
         tokens = self.of_rows + self.of_targets
-        d_head_DV = scatter(d_head_DV, 0, self.of_width, tuple(a for a in tokens if a in self.of_width))
+        d_head_DV = scatter(d_head_DV, 0, self.of_width, tuple(a for a in tokens if a in self.of_width), self.phases)
         return by_stages(d_head_DV, tuple(a for a in tokens if a not in self.of_width))
 
 
-def on_vocabulary(local, x_BTD, head_DV, tokens, returns):
+def on_vocabulary(local, x_BTD, head_DV, tokens, returns, phases: tuple = ()):
     """Returns `local(parts, x_BTD, head_DV, *tokens)` run by every device on its part: the head whole in width, x at the
     positions of its own stream. `returns` names what comes back: total, x, head or tokens."""
     if not free_axes():
         return local(Parts(head_DV.shape[1]), x_BTD, head_DV, *tokens)
     x_axes, t_axes = kept(x_BTD.shape, "batch", stream(), "act"), kept(tokens[0].shape, "batch", "seq")
     head_axes = kept(head_DV.shape, *HEAD)
-    parts = Parts(head_DV.shape[1], head_axes[1], head_axes[0], x_axes[0], t_axes[1], x_axes[1][len(t_axes[1]):])
+    parts = Parts(head_DV.shape[1], head_axes[1], head_axes[0], x_axes[0], t_axes[1], x_axes[1][len(t_axes[1]):],
+                  phases)
     specs = {"total": placed([]), "x": placed(x_axes), "head": placed(head_axes), "tokens": placed(t_axes)}
 
     def run(x_BTD, head_DV, *tokens):
