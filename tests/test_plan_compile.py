@@ -88,7 +88,7 @@ def test_cycles_are_counted_as_often_as_their_loop_goes_round():
 
 
 def test_collectives_by_axis_with_bytes_and_runs():
-    every = collectives.read(hlo.parse(PROGRAM), SIZES, slices=2)
+    every = collectives.read(hlo.parse(PROGRAM), SIZES, {"data": 2})
     over = next(c for c in every if c.times == 1 and c.kind == "all-reduce")
     assert (over.axis, over.group, over.sent) == ("data", (0, 4), 1024)  # through the host, to the other slice
     found = {c.kind: c for c in every if c is not over}
@@ -98,6 +98,35 @@ def test_collectives_by_axis_with_bytes_and_runs():
     assert (reduce.axis, reduce.times, reduce.payload, reduce.sent) == ("data", 6, 1024 + 64, 1088)
     assert (permute.axis, permute.times, permute.sent) == ("fsdp", 1, 1024)
     assert collectives.per_layer(list(found.values()), 6) == {"fsdp all-gather": 1, "data all-reduce": 1}
+
+
+def test_slices_are_joined_by_the_axes_that_go_over_them():
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    for dcn, members, axis in (({"data": 2}, (0, 8), "data"), ({"fsdp": 2}, (0, 4), "fsdp"),
+                               ({"data": 2, "fsdp": 2}, (0, 4, 8, 12), "data x fsdp"), ({}, (0,), "none")):
+        assert collectives.across(sizes, dcn) == members
+        assert collectives.axis_of(members, sizes) == axis
+
+
+SCATTER = """
+%all-reduce-scatter.1 (input: bf16[32,64]) -> bf16[8,64] {
+  %input = bf16[32,64]{1,0} parameter(0)
+  %all-reduce.1 = bf16[32,64]{1,0} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %cut = bf16[8,64]{1,0} dynamic-slice(%all-reduce.1, %i, %j), dynamic_slice_sizes={8,64}
+}
+
+ENTRY %main (x: bf16[32,64]) -> bf16[8,64] {
+  %x = bf16[32,64]{1,0} parameter(0)
+  %fused = bf16[8,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %plain = bf16[8,64]{1,0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_a_fused_reduce_scatter_is_counted_as_one():
+    fused, plain = collectives.read(hlo.parse(SCATTER), SIZES)
+    assert (fused.kind, fused.axis, fused.payload, fused.sent) == ("reduce-scatter", "fsdp", 4096, 3072)
+    assert (plain.kind, plain.axis, plain.payload, plain.sent) == ("reduce-scatter", "fsdp", 4096, 3072)
 
 
 @pytest.mark.parametrize(("text", "members"), [
@@ -260,6 +289,8 @@ def test_a_billion_parameters_on_sixteen_chips_reach_their_goals(tmp_path):
     assert found["memory"]["peak"] <= 3.38e9
     assert found["compute_s"] <= 0.60
     assert found["memory"]["arguments"] == pytest.approx(12 * found["parameters"] / 16, rel=0.05)  # split in sixteen
+    # five weights gathered, forward and backward, and five gradients scattered, each in a phase for either side of the 4 x 4 chips
+    assert found["per_layer"] == {"fsdp all-gather": 10, "fsdp reduce-scatter": 10}
 
 
 @pytest.mark.slow

@@ -33,17 +33,17 @@ class Collective:
         return self.payload * share.get(self.kind, (n - 1) / n)
 
 
-def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collective]:
+def read(module: Module, sizes: dict[str, int], dcn: dict[str, int] | None = None) -> list[Collective]:
     """Returns the collectives of one step on a mesh of these axes, slowest first.
 
     A collective that the compiler spread over several fusions, to run it beside other work, appears in each of them under
-    one channel: it is counted once. A reduce-scatter may be a fusion that holds an
-    all-reduce and a cut. What goes to other slices is sent through the host and named beside the sending.
+    one channel: it is counted once. A reduce-scatter may be a fusion that holds an all-reduce and a cut. What goes to other
+    slices is sent through the host and named beside the sending; `dcn`: how many slices each axis goes over.
     """
     found, seen, scattered = [], set(), set()
     for i, times in runs(module, of_instruction):
         if i.opcode == "send" and (over := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)):
-            group = across(sizes, slices)
+            group = across(sizes, dcn or {})
             named = over[1].lower().replace("_", "-")
             found.append(Collective(named, axis_of(group, sizes), group, array_bytes(i.shape)[0], times, i.op_name))
         kind = i.opcode.removesuffix("-start")
@@ -61,10 +61,10 @@ def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collect
     return [c for c in found if len(c.group) > 1]
 
 
-def across(sizes: dict[str, int], slices: int) -> tuple[int, ...]:
-    """Returns one device of each slice: `data` goes over the slices, each of which holds an equal part of it."""
-    inner = math.prod(n for axis, n in sizes.items() if list(sizes).index(axis) > list(sizes).index("data"))
-    return tuple(k * sizes["data"] // slices * inner for k in range(slices))
+def across(sizes: dict[str, int], dcn: dict[str, int]) -> tuple[int, ...]:
+    """Returns the first device of each slice: an axis that goes over several has an equal part in each of them."""
+    first = np.ix_(*[[k * n // dcn.get(axis, 1) for k in range(dcn.get(axis, 1))] for axis, n in sizes.items()])
+    return tuple(int(d) for d in np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))[first].ravel())
 
 
 def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) -> Collective:
