@@ -21,7 +21,7 @@ MESHES = {  # name -> degrees on n chips
     "fsdp": lambda n: {"data": 1, "fsdp": n, "tensor": 1},
     "fsdp x tensor 4": lambda n: {"data": 1, "fsdp": n // 4, "tensor": 4},
 }
-MODEL = {"d_model": 1024, "n_layers": 4, "n_heads": 8, "d_ff": 2048, "vocab_size": 4096, "max_seq_len": 192}
+MODEL = {"d_model": 512, "n_layers": 4, "n_heads": 4, "d_ff": 1024, "vocab_size": 2048, "max_seq_len": 192}
 
 
 def measured(name: str, chips: int) -> dict:
