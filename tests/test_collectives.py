@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 import toy
+from jax.sharding import PartitionSpec
 
-from jaxllm.model.split import gain
+from jaxllm.model.split import gain, on_parts, reduce_scatter
 from jaxllm.plan import collectives, hlo
 
 
@@ -85,3 +86,18 @@ def test_gains_have_the_gradient_of_every_position_on_every_mesh():
     for mesh in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 4}):
         for a, b in zip(gradients(8, **mesh), one, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_sum_in_phases_leaves_each_device_the_same_part():
+    def parts(phases):
+        def local(x):
+            return reduce_scatter(x, 0, ("fsdp",), phases)
+
+        with jax.set_mesh(toy.program(devices=8, fsdp=8).mesh):
+            split = PartitionSpec("fsdp")
+            fun = jax.jit(lambda x: on_parts(local, (split,), split)(x))
+            return fun(x), jax.jit(jax.grad(lambda x: (fun(x) ** 2).sum()))(x)
+
+    x = np.random.default_rng(0).normal(size=(8 * 16, 3)).astype(np.float32)
+    for phased, whole in zip(parts((("fsdp", (2, 4)),)), parts(()), strict=True):
+        np.testing.assert_allclose(phased, whole, rtol=1e-5, atol=1e-5)

@@ -289,8 +289,6 @@ def test_a_billion_parameters_on_sixteen_chips_reach_their_goals(tmp_path):
     assert found["memory"]["peak"] <= 3.38e9
     assert found["compute_s"] <= 0.60
     assert found["memory"]["arguments"] == pytest.approx(12 * found["parameters"] / 16, rel=0.05)  # split in sixteen
-    # five weights gathered, forward and backward, and five gradients scattered, each in a phase for either side of the 4 x 4 chips
-    assert found["per_layer"] == {"fsdp all-gather": 10, "fsdp reduce-scatter": 10}
 
 
 @pytest.mark.slow
