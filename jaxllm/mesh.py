@@ -12,10 +12,11 @@ AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")  # slowest link 
 class MeshConfig:
     data: int = -1  # replicas of the model, each with its own rows; -1: the devices that are left
     fsdp: int = 1  # shards of parameters, gradients and optimizer (ZeRO-3), each with its own rows; -1: what is left
+    expert: int = 1  # shards of the experts of sparse layers (model.moe), each with its own rows; -1: what is left
     tensor: int = 1  # shards of heads, feed-forward and vocabulary, working on the same rows; -1: what is left
 
     def __post_init__(self):
-        sizes = {a: getattr(self, a) for a in ("data", "fsdp", "tensor")}
+        sizes = {a: getattr(self, a) for a in ("data", "fsdp", "expert", "tensor")}
         for axis, size in sizes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"mesh.{axis}={size}: should be a positive number of devices, or -1 for what is left")

@@ -1,5 +1,7 @@
 """Where every array lives: the mesh, the one table from logical to mesh axes, and the placement of a whole tree."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
@@ -9,7 +11,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import AXES, MeshConfig, degrees
 
 RULES: dict[str, tuple[str, ...] | str | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),  # outside of sparse layers, the devices that share out the experts are data parallel
     "seq": "context",
     "act": None,  # width of the residual stream
     "layers": "stage",
@@ -19,6 +21,9 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "qkv": None,  # a kv head's query heads, its key and its value, kept together
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "router": None,  # experts, as a router's outputs: every device chooses for its own tokens
+    "balance": None,  # experts, as the biases that even out their load
     "vocab": "tensor",
     "norm": None,
 }
@@ -63,6 +68,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Placement of [B, T] inputs."""
     return NamedSharding(mesh, spec("batch", "seq"))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Returns how many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
 def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:

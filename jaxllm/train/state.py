@@ -14,7 +14,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
-from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
+from jaxllm.partition import RULES, batch_parts, batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.optim import Optimizer
 from jaxllm.train.step import Objective, eval_step, train_step
@@ -50,6 +50,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     form = for_platform(platform, remat=train.remat, context=mesh.shape["context"])
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
+    check_experts(model, mesh)
 
     def make_params(seed):
         return nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
@@ -64,7 +65,8 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     check_divides(abstract.params, mesh)
     placed = place(abstract, mesh)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
-    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
+    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout,
+                          model.moe if model.moe.experts else None)
     step = jax.jit(partial(train_step, objective, optimizer, train.micro_batches),
                    in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
@@ -100,12 +102,20 @@ def compute_dtype(precision: str, platform: str):
     return jnp.dtype(precision)
 
 
+def check_experts(model: ModelConfig, mesh: Mesh) -> None:
+    experts, parts = model.moe.experts, mesh.shape["expert"]
+    if parts > 1 and not experts:
+        raise UserError(f"mesh.expert={parts} is an axis that a dense model can't use: set model.moe.experts, or mesh.expert=1")
+    if experts % parts:
+        raise UserError(f"model.moe.experts={experts} is not divisible by mesh.expert={parts}")
+
+
 def check_batch(train: TrainConfig, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     rows = train.batch_size // train.micro_batches
     if rows % parts:
         raise UserError(
             f"train.batch_size={train.batch_size} in train.micro_batches={train.micro_batches} parts is {rows} rows a part, "
-            f"which mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} does not divide; "
+            f"which {' x '.join(f'mesh.{a}={mesh.shape[a]}' for a in RULES['batch'])} does not divide; "
             f"nearest batch_size: {-(-rows // parts) * parts * train.micro_batches}"
         )

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxllm.model.config import MoEConfig
+from jaxllm.model.heads import cast
+from jaxllm.model.moe import Routed, losses
 from jaxllm.train.loss import next_token_loss
 from jaxllm.train.optim import Optimizer, finite_leaves
 
@@ -21,35 +24,52 @@ class Objective(NamedTuple):
     z_loss: float
     label_smoothing: float
     dropout: float
+    moe: MoEConfig | None = None  # of a model with sparse layers
 
 
 def loss_sum(objective: Objective, params, batch, key=None):
     """Returns the summed loss of a batch and the number of its targets, both float32; `key` turns dropout on."""
+    loss, (n, _) = loss_and_routed(objective, params, batch, key)
+    return loss, n
+
+
+def loss_and_routed(objective: Objective, params, batch, key=None):
+    """Returns the summed loss of a batch, the number of its targets, and what the routers did (None without sparse layers).
+
+    The routers' losses are means over tokens, summed over layers, so they count once a target: the sum and the number that
+    it is divided by still fit.
+    """
     # The only cast: compute runs in `dtype`, gradients come back in float32.
-    params = jax.tree.map(lambda p: p.astype(objective.dtype), params)
-    model = nnx.merge(objective.graph, params)
-    x_BTD = model.hidden(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key)
-    return next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
-                           z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
+    model = nnx.merge(objective.graph, cast(params, objective.dtype))
+    moe = objective.moe
+    x_BTD, routed_L = model.hidden_and_routed(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key,
+                                              capacity=moe and moe.capacity)
+    loss, n = next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
+                              z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
+    if moe and (moe.balance_loss or moe.z_loss):
+        balance_L, z_L = losses(routed_L)
+        loss += n * jnp.sum(moe.balance_loss * balance_L + moe.z_loss * z_L)
+    return loss, (n, routed_L)
 
 
 def train_step(objective: Objective, optimizer: Optimizer, micro_batches: int, state, batch):
     """Returns the next state and the step's metrics. Sums over micro-batches are divided once, by all targets."""
-    loss_and_grad = jax.value_and_grad(partial(loss_sum, objective), has_aux=True)
+    loss_and_grad = jax.value_and_grad(partial(loss_and_routed, objective), has_aux=True)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if objective.dropout else None
 
     def accumulate(total, xs):
         i, micro_batch = xs
         micro_key = None if key is None else jax.random.fold_in(key, i)
-        (loss, n), grads = loss_and_grad(state.params, micro_batch, micro_key)
-        return jax.tree.map(jnp.add, total, (loss, n, grads)), None
+        (loss, (n, routed_L)), grads = loss_and_grad(state.params, micro_batch, micro_key)
+        return jax.tree.map(jnp.add, total, (loss, n, grads)), routed_L
 
     if micro_batches == 1:
-        (loss, n), grads = loss_and_grad(state.params, batch, key)
+        (loss, (n, routed_L)), grads = loss_and_grad(state.params, batch, key)
     else:
         zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
         xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
-        (loss, n, grads), _ = jax.lax.scan(accumulate, zeros, xs)
+        (loss, n, grads), routed_L = jax.lax.scan(accumulate, zeros, xs)
+        routed_L = jax.tree.map(lambda a: jnp.sum(a, axis=0), routed_L)
     n = jnp.maximum(n, 1.0)  # a batch without targets moves nothing
     loss, grads = jax.tree.map(lambda x: x / n, (loss, grads))
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, value=loss)
@@ -58,7 +78,30 @@ def train_step(objective: Objective, optimizer: Optimizer, micro_batches: int, s
         "finite_params": finite_leaves(state.params), "finite_grads": finite_leaves(grads),
     }
     params = optax.apply_updates(state.params, updates)
+    if routed_L is not None:
+        metrics |= router_metrics(routed_L)
+        params = with_balanced_biases(objective.moe.bias_rate, params, state.params, routed_L.chosen_E)
     return type(state)(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def router_metrics(routed_L: Routed) -> dict:
+    """Returns the fullest expert's load as a multiple of the mean, of the layer where it is largest, the share of choices
+    that were dropped, and the load-balancing loss (1: perfectly even), the mean of the layers."""
+    load_L = jnp.max(routed_L.chosen_E, axis=-1) / jnp.maximum(jnp.mean(routed_L.chosen_E, axis=-1), 1e-20)
+    return {"expert_load": jnp.max(load_L), "balance_loss": jnp.mean(losses(routed_L)[0]),
+            "dropped_share": jnp.sum(routed_L.dropped) / jnp.maximum(jnp.sum(routed_L.chosen_E), 1.0)}
+
+
+def with_balanced_biases(rate: float, params, before, chosen_LE):
+    """Returns the parameters with each selection bias moved by `rate` towards an even load (Wang et al. 2024), from where
+    it was `before` the optimizer: biases have no gradient, and are not the optimizer's."""
+
+    def one(var, old):
+        if "balance" not in var.axes:
+            return var
+        return var.replace(old[...] + rate * jnp.sign(jnp.mean(chosen_LE, axis=1, keepdims=True) - chosen_LE))
+
+    return jax.tree.map(one, params, before, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def split(micro_batches: int, x_BT):
@@ -67,6 +110,7 @@ def split(micro_batches: int, x_BT):
 
 
 def eval_step(objective: Objective, params, batch):
-    """Returns the summed cross-entropy of a batch in nats, without z-loss or smoothing, and its number of targets."""
-    plain = objective._replace(z_loss=0.0, label_smoothing=0.0, dropout=0.0)
+    """Returns the summed cross-entropy of a batch in nats, without z-loss, smoothing, the routers' losses and
+    dropped tokens, and its number of targets."""
+    plain = objective._replace(z_loss=0.0, label_smoothing=0.0, dropout=0.0, moe=None)
     return loss_sum(plain, params, batch)
