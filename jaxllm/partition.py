@@ -12,7 +12,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import AXES, MeshConfig, degrees
 
 RULES: dict[str, tuple[str, ...] | str | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),  # outside of sparse layers, the devices that share out the experts are data parallel
     "seq": "context",
     "residual_seq": ("context", "tensor"),  # where norms and residuals are (Korthikanti et al. 2022)
     "act": None,  # width of the residual stream
@@ -23,6 +23,9 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "qkv": None,  # a kv head's query heads, its key and its value, kept together
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "router": None,  # experts, as a router's outputs: every device chooses for its own tokens
+    "balance": None,  # experts, as the biases that even out their load
     "vocab": "tensor",
     "norm": None,
 }
@@ -121,6 +124,11 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
         raise UserError(f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows from several places "
                         "of a batch; let the degrees of tensor and of the other inner axes divide a host's devices")
     return first // (last - first), mesh.size // (last - first)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Returns how many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
 def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:

@@ -48,7 +48,7 @@ def loss_and_grads(prog, batch, model=MODEL, name="1f1b", micro_batches=M):
     key = jax.random.key(3) if model.dropout else None
     with jax.set_mesh(prog.mesh):
         params, placed = prog.init().params, jax.device_put(batch, batch_sharding(prog.mesh))
-        (loss, n), grads = jax.jit(lambda p, b: fun(p, b, key))(params, placed)
+        (loss, (n, _)), grads = jax.jit(lambda p, b: fun(p, b, key))(params, placed)
     return float(loss), float(n), jax.device_get(grads)
 
 
@@ -108,8 +108,8 @@ def sums(mesh, schedule, layers=8, width=16):
             y_BTD = jnp.tanh(x_BTD @ w)
             return x_BTD + y_BTD, 0.01 * jnp.sum(y_BTD**2)
 
-        x_BTD, extra = jax.lax.scan(layer, x_BTD, blocks["w"])
-        return x_BTD, jnp.sum(extra)
+        x_BTD, extra_L = jax.lax.scan(layer, x_BTD, blocks["w"])
+        return x_BTD, jnp.sum(extra_L), extra_L
 
     def loss(shared, x_BTD, inputs):
         return jnp.sum(jax.nn.logsumexp(x_BTD @ shared["head"], axis=-1))
@@ -117,22 +117,22 @@ def sums(mesh, schedule, layers=8, width=16):
     parts = Parts(lambda shared, inputs: shared["embed"][inputs["token"]], body, loss)
 
     def plain(shared, blocks):
-        total = 0.0
+        total, counted_L = 0.0, 0.0
         for i in range(m):
             one = jax.tree.map(lambda a, i=i: a[i], inputs)
-            x_BTD, extra = body(blocks, parts.embed(shared, one), one, None)
-            total += parts.loss(shared, x_BTD, one) + extra
-        return total
+            x_BTD, extra, extra_L = body(blocks, parts.embed(shared, one), one, None)
+            total, counted_L = total + parts.loss(shared, x_BTD, one) + extra, counted_L + extra_L
+        return total, counted_L
 
     with jax.set_mesh(mesh):
         found_loss, *found = jax.jit(pipeline_value_and_grad(parts, schedule, mesh))(shared, blocks, inputs, None)
-    loss, grads = jax.value_and_grad(plain, argnums=(0, 1))(shared, blocks)
-    return (float(found_loss), found), (float(loss), list(grads))
+    (loss, counted_L), grads = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(shared, blocks)
+    return (float(found_loss), found), (float(loss), [*grads, counted_L])
 
 
 @pytest.mark.parametrize(("name", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
 @pytest.mark.parametrize("m", [4, 12])
-def test_what_layers_add_to_the_loss_counts_at_every_stage(name, v, m):
+def test_what_layers_add_to_the_loss_and_count_is_summed_over_stages(name, v, m):
     mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
     (found, found_grads), (loss, grads) = sums(mesh, make(name, 4, m, v))
     assert abs(found - loss) / loss < 1e-6

@@ -22,12 +22,12 @@ class Parts(NamedTuple):
     `inputs` what a micro-batch holds, `layered` what it holds for each of those layers."""
 
     embed: Callable  # (shared, inputs) -> x_BTD
-    body: Callable  # (blocks, x_BTD, inputs, layered) -> (x_BTD, what these layers add to the loss: float32)
+    body: Callable  # (blocks, x_BTD, inputs, layered) -> (x_BTD, addition to the loss: float32, what each layer counts: [L, …])
     loss: Callable  # (shared, x_BTD, inputs) -> summed loss, float32
 
 
 def pipeline_value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
-    """Returns f(shared, blocks, inputs, layered) -> (summed loss, gradient of shared, gradient of blocks), all float32.
+    """Returns f(shared, blocks, inputs, layered) -> (summed loss, gradient of shared, of blocks, sums of counts), all float32.
 
     Leaves of `blocks` are [L, …] in the model's order, of `inputs` [m, B, T], of `layered` [m, L, …].
     """
@@ -36,16 +36,16 @@ def pipeline_value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Cal
     run = jax.shard_map(
         partial(_run_table, parts, schedule), mesh=mesh, axis_names={"stage"}, check_vma=False,
         in_specs=(by_stage, PartitionSpec(), by_stage, PartitionSpec(), PartitionSpec(None, None, "stage")),
-        out_specs=(PartitionSpec(), PartitionSpec(), by_stage))
+        out_specs=(PartitionSpec(), PartitionSpec(), by_stage, by_stage))
 
     def cut(a, axis=0):  # [L] -> [chunk, stage, layer of the piece]
         return a.reshape(*a.shape[:axis], v, p, a.shape[axis] // (v * p), *a.shape[axis + 1 :])
 
     def value_and_grad(shared, blocks, inputs, layered):
         columns = jax.tree.map(jnp.asarray, table.columns)
-        loss, d_shared, d_blocks = run(columns, shared, jax.tree.map(cut, blocks), inputs,
-                                       jax.tree.map(partial(cut, axis=1), layered))
-        return loss, d_shared, jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), d_blocks)
+        loss, d_shared, *by_layer = run(columns, shared, jax.tree.map(cut, blocks), inputs,
+                                        jax.tree.map(partial(cut, axis=1), layered))
+        return loss, d_shared, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), by_layer)
 
     return value_and_grad
 
@@ -76,28 +76,35 @@ def _run_table(parts, schedule, columns, shared, blocks, inputs, layered):
     def slots(n):
         return constrain(jnp.zeros((n + 1, *blank_BTD.shape), blank_BTD.dtype), None, "batch", "seq", "act")
 
+    one = jax.tree.map(lambda a: a[0], (blocks, inputs, layered))
+    counted = jax.eval_shape(parts.body, one[0], blank_BTD, one[1], jax.tree.map(lambda a: a[0], one[2]))[2]
+    counted = jax.tree.map(lambda a: jnp.zeros((schedule.virtual_stages, *a.shape), jnp.float32), counted)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (shared, blocks))
-    start = (blank_BTD, blank_BTD, slots(table.x_slots), slots(table.g_slots), (jnp.zeros((), jnp.float32), *zeros))
-    (*_, (loss, d_shared, d_blocks)), _ = jax.lax.scan(tick, start, columns)
+    start = (blank_BTD, blank_BTD, slots(table.x_slots), slots(table.g_slots), (jnp.zeros((), jnp.float32), *zeros, counted))
+    (*_, (loss, d_shared, *by_layer)), _ = jax.lax.scan(tick, start, columns)
     loss, d_shared = jax.lax.psum((loss, d_shared), "stage")
-    return loss, d_shared, jax.tree.map(lambda a: a[:, None], d_blocks)
+    return loss, d_shared, *jax.tree.map(lambda a: a[:, None], by_layer)
 
 
 def _branches(parts, split_backward, shared, blank_BTD):
     """Returns what a table's codes mean, each (own, sums) -> (x_BTD for the next stage, its gradient for the one before, sums).
 
-    `sums` are the loss and the gradients of `shared` and of this stage's chunks, so far.
+    `sums` are the loss, the gradients of `shared` and of this stage's chunks, and what its layers counted, so far.
     """
 
     def enter(row, inputs, x_BTD):  # the model's first piece starts from tokens
         return jax.lax.cond(row["first"], lambda: _place(parts.embed(shared, inputs)), lambda: x_BTD)
+
+    def body(*own):
+        y_BTD, extra, counted = parts.body(*own)
+        return (y_BTD, extra), counted
 
     def idle(own, sums):
         return blank_BTD, blank_BTD, sums
 
     def forward(own, sums):
         row, blocks, inputs, layered, x_BTD, _ = own
-        y_BTD, _ = parts.body(blocks, enter(row, inputs, x_BTD), inputs, layered)
+        y_BTD, *_ = parts.body(blocks, enter(row, inputs, x_BTD), inputs, layered)
         return _place(y_BTD), blank_BTD, sums
 
     def output_gradient(row, inputs, y_BTD, extra, g_BTD, loss, d_shared):
@@ -118,26 +125,27 @@ def _branches(parts, split_backward, shared, blank_BTD):
 
     def backward(own, sums):
         row, blocks, inputs, layered, x_BTD, g_BTD = own
-        loss, d_shared, d_blocks = sums
+        loss, d_shared, d_blocks, counted = sums
         x_BTD = enter(row, inputs, x_BTD)
         if split_backward:
-            (y_BTD, extra), pull = jax.vjp(lambda x: parts.body(blocks, x, inputs, layered), x_BTD)
+            (y_BTD, extra), pull, own_counts = jax.vjp(lambda x: body(blocks, x, inputs, layered), x_BTD, has_aux=True)
         else:
-            (y_BTD, extra), pull = jax.vjp(lambda b, x: parts.body(b, x, inputs, layered), blocks, x_BTD)
+            (y_BTD, extra), pull, own_counts = jax.vjp(lambda b, x: body(b, x, inputs, layered), blocks, x_BTD, has_aux=True)
         g_BTD, loss, d_shared = output_gradient(row, inputs, y_BTD, extra, g_BTD, loss, d_shared)
         *d_own, dx_BTD = pull((g_BTD, jnp.ones_like(extra)))
         d_shared = embed_gradient(row, inputs, dx_BTD, d_shared)
         if d_own:
             d_blocks = _add_at(row["chunk"], d_blocks, d_own[0])
-        return g_BTD if split_backward else blank_BTD, _place(dx_BTD), (loss, d_shared, d_blocks)
+        counted = _add_at(row["chunk"], counted, own_counts)
+        return g_BTD if split_backward else blank_BTD, _place(dx_BTD), (loss, d_shared, d_blocks, counted)
 
     def weight(own, sums):
         row, blocks, inputs, layered, x_BTD, g_BTD = own
-        loss, d_shared, d_blocks = sums
+        loss, d_shared, d_blocks, counted = sums
         x_BTD = enter(row, inputs, x_BTD)
-        (_, extra), pull = jax.vjp(lambda b: parts.body(b, x_BTD, inputs, layered), blocks)
+        (_, extra), pull, _ = jax.vjp(lambda b: body(b, x_BTD, inputs, layered), blocks, has_aux=True)
         d_own = pull((g_BTD, jnp.ones_like(extra)))[0]
-        return blank_BTD, blank_BTD, (loss, d_shared, _add_at(row["chunk"], d_blocks, d_own))
+        return blank_BTD, blank_BTD, (loss, d_shared, _add_at(row["chunk"], d_blocks, d_own), counted)
 
     return [idle, forward, backward, weight] if split_backward else [idle, forward, backward]
 

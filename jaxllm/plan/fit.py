@@ -48,7 +48,7 @@ def candidates(cfg: CompileVerb, topology: Topology, sizes: dict[str, int]) -> I
     for remat in REMATS[REMATS.index(cfg.train.remat) + 1 :]:
         if remat in ("qkv", "full", "dots"):
             yield "remat", f"--train.remat={remat}", with_changes(cfg, train={"remat": remat})
-    rows = cfg.train.batch_size // (sizes["data"] * sizes["fsdp"] * topology.slices)
+    rows = cfg.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"] * topology.slices)
     for n in (2, 4, 8):
         if cfg.train.micro_batches * n <= rows and rows % (cfg.train.micro_batches * n) == 0:
             yield ("micro-batches", f"--train.micro_batches={cfg.train.micro_batches * n}",
@@ -69,7 +69,8 @@ def candidates(cfg: CompileVerb, topology: Topology, sizes: dict[str, int]) -> I
 def divides(cfg: CompileVerb, sizes: dict[str, int]) -> bool:
     """Returns whether a mesh of these degrees inside each slice divides the model's sizes and the batch."""
     m, rows = cfg.model, cfg.train.batch_size // cfg.train.micro_batches
-    split = [(m.d_model, sizes["fsdp"] * cfg.mesh.dcn.fsdp), (rows, sizes["data"] * sizes["fsdp"] * cfg.slices)]
+    split = [(m.d_model, sizes["fsdp"] * cfg.mesh.dcn.fsdp)]
+    split += [(rows, sizes["data"] * sizes["fsdp"] * sizes["expert"] * cfg.slices)]
     split += [(size, sizes["tensor"]) for size in (m.kv_heads, m.ff_width, m.vocab_size)]
     return all(size % parts == 0 for size, parts in split)
 

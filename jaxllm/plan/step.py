@@ -86,6 +86,7 @@ def held(cfg: CompileVerb, program) -> dict:
     """Returns the bytes of what the step holds by name, on one device, from the types and placements."""
     import jax
 
+    from jaxllm.partition import batch_parts
     from jaxllm.train.state import compute_dtype
 
     def local(tree):
@@ -93,7 +94,7 @@ def held(cfg: CompileVerb, program) -> dict:
 
     mesh, params = program.mesh.shape, local(program.abstract.params)
     kind = compute_dtype(cfg.train.precision, "tpu").itemsize
-    rows = cfg.train.batch_size // cfg.train.micro_batches // (mesh["data"] * mesh["fsdp"])
+    rows = cfg.train.batch_size // cfg.train.micro_batches // batch_parts(program.mesh)
     positions = min(cfg.train.loss_chunk, cfg.data.seq_len) // mesh["context"]
     return {"parameters": params, "optimizer": local(program.abstract.opt_state),
             "gradients": params if cfg.train.micro_batches > 1 else params * kind // 4,

@@ -45,7 +45,8 @@ def by_part(params) -> dict[str, int]:
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
-        part = name.split("blocks_L.")[-1].split(".")[0] if "blocks_L" in name else name.split(".")[-1].split("_")[0]
+        kinds = [k for k in name.split("blocks_L.")[-1].split(".") if not k.startswith("layer_")]
+        part = kinds[0] if "blocks_L" in name else name.split(".")[-1].split("_")[0]
         counts[part] = counts.get(part, 0) + leaf.size
     return counts | {"all": sum(counts.values())}
 

@@ -161,6 +161,7 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
         "grad_norm": float(metrics["grad_norm"]), "lr": float(metrics["lr"]), "tokens_per_s": round(rate, 1),
         "step_s": round(seconds, 5), "model_tflops_per_s": float(f"{rate * run.flops_per_token / 1e12:.4g}"),
     }
+    line |= {k: round(float(metrics[k]), 5) for k in ("expert_load", "balance_loss", "dropped_share") if k in metrics}
     if run.peak_flops is not None:
         line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
     line |= memory()

@@ -194,13 +194,14 @@ def sample(cfg, program, tokenizer, params) -> list[tuple[str, str]]:
 def _say_what_runs(cfg, program, rows, run, start):
     import jax
 
-    from jaxllm.train.flops import formula
+    from jaxllm.train.flops import active_parameter_count, formula
 
     n = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params))
+    active = f"{active_parameter_count(cfg.model) / 1e6:.2f} M of them active for a token, " if cfg.model.moe.experts else ""
     devices = program.mesh.devices
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     for line in (
-        f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
+        f"model: {n / 1e6:.2f} M parameters, {active}{cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
         *_pipeline(cfg, program),
         *_groups(cfg, n),

@@ -7,12 +7,13 @@ from jax.sharding import Mesh
 
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.heads import cast
 from jaxllm.parallel.context import balance
 from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
 from jaxllm.parallel.schedule import Schedule, make
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.loss import next_token_loss
-from jaxllm.train.step import Objective, micro_key, split
+from jaxllm.train.step import Objective, micro_key, routers_loss, split
 
 
 def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule | None:
@@ -30,9 +31,11 @@ def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule 
         schedule = make(train.pipeline, stages, train.micro_batches, v)
     except UserError as e:
         raise UserError(f"mesh.stage={stages}, train.pipeline={train.pipeline}: {e}") from None
-    if model.n_layers % (stages * v):
+    unit = model.layers_a_unit
+    if model.n_layers % (stages * v * unit):
         parts = f"mesh.stage={stages}" + (f" x train.virtual_stages={v}" if v > 1 else "")
-        nearest = max(round(model.n_layers / (stages * v)), 1) * stages * v
+        parts += f" x model.moe.every={unit}" if unit > 1 else ""
+        nearest = max(round(model.n_layers / (stages * v * unit)), 1) * stages * v * unit
         raise UserError(f"model.n_layers={model.n_layers}: {parts} does not divide it; nearest: {nearest}")
     return schedule
 
@@ -63,8 +66,9 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
                                chunk=objective.chunk, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)[0]
 
     def body(blocks, x_BTD, inputs, key_L):
-        x_BTD = model(blocks=blocks).layers(x_BTD, inputs["pos_BT"], inputs["doc_BT"], key_L)
-        return x_BTD, jnp.zeros((), jnp.float32)
+        x_BTD, routed_L = model(blocks=blocks).layers(x_BTD, inputs["pos_BT"], inputs["doc_BT"], key_L, objective.capacity)
+        n = jnp.sum(inputs["weight_BT"], dtype=jnp.float32)
+        return x_BTD, n * routers_loss(objective.moe, routed_L), routed_L
 
     parts = Parts(embed=lambda shared, inputs: model(shared).trunk.embed(inputs["token_BT"]), body=body, loss=loss)
     value_and_grad = pipeline_value_and_grad(parts, schedule, mesh)
@@ -72,12 +76,12 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
 
     def loss_and_grads(params, batch, key):
         batch = balance(batch, mesh.shape["context"])
-        shared, blocks = apart(jax.tree.map(lambda p: p.astype(objective.dtype), params))
+        shared, blocks = apart(cast(params, objective.dtype))
         key_mL = None
         if key is not None:
-            n_layers = blocks[0].shape[0]
-            key_mL = jnp.stack([jax.random.split(micro_key(key, i, m), n_layers) for i in range(m)])
-        total, d_shared, d_blocks = value_and_grad(shared, blocks, {k: split(m, x) for k, x in batch.items()}, key_mL)
-        return (total, jnp.sum(batch["weight_BT"], dtype=jnp.float32)), together(d_shared, d_blocks)
+            n_units = blocks[0].shape[0]
+            key_mL = jnp.stack([jax.random.split(micro_key(key, i, m), n_units) for i in range(m)])
+        total, d_shared, d_blocks, routed_L = value_and_grad(shared, blocks, {k: split(m, x) for k, x in batch.items()}, key_mL)
+        return (total, (jnp.sum(batch["weight_BT"], dtype=jnp.float32), routed_L)), together(d_shared, d_blocks)
 
     return loss_and_grads

@@ -18,7 +18,7 @@ from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
 from jaxllm.parallel import local_sgd
 from jaxllm.parallel.context import over_context
-from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
+from jaxllm.partition import RULES, batch_parts, batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.optim import Optimizer
 from jaxllm.train.stages import pipelined, schedule_of
@@ -57,6 +57,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
         form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
+    check_experts(model, mesh)
     schedule = schedule_of(model, train, mesh)
 
     def make_params(seed):
@@ -72,7 +73,8 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     check_divides(abstract.params, mesh)
     placed = place(abstract, mesh, zero1=optimizer.zero1)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
-    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
+    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout,
+                          model.moe if model.moe.experts else None)
     loss_and_grads = partial(accumulated, objective, train.micro_batches)
     if schedule is not None:
         loss_and_grads = pipelined(objective, schedule, mesh, abstract.params)
@@ -158,12 +160,23 @@ def compute_dtype(precision: str, platform: str):
     return jnp.dtype(precision)
 
 
+def check_experts(model: ModelConfig, mesh: Mesh) -> None:
+    experts, parts = model.moe.experts, mesh.shape["expert"]
+    if parts > 1 and not experts:
+        raise UserError(f"mesh.expert={parts} is an axis that a dense model can't use: set model.moe.experts, or mesh.expert=1")
+    if experts % parts:
+        raise UserError(f"model.moe.experts={experts} is not divisible by mesh.expert={parts}")
+    if model.moe.capacity is not None and experts and mesh.shape["context"] > 1:
+        raise UserError(f"model.moe.capacity={model.moe.capacity} with mesh.context={mesh.shape['context']}: an expert's "
+                        "places are given out along whole rows; take capacity=null (dropless), or mesh.context=1")
+
+
 def check_batch(train: TrainConfig, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     rows = train.batch_size // train.micro_batches
     if rows % parts:
         raise UserError(
             f"train.batch_size={train.batch_size} in train.micro_batches={train.micro_batches} parts is {rows} rows a part, "
-            f"which mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} does not divide; "
+            f"which {' x '.join(f'mesh.{a}={mesh.shape[a]}' for a in RULES['batch'])} does not divide; "
             f"nearest batch_size: {-(-rows // parts) * parts * train.micro_batches}"
         )
