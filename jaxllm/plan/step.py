@@ -79,7 +79,8 @@ def memory(compiled) -> dict:
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return {"peak": peak, "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
-            "program": m.generated_code_size_in_bytes}
+            "program": m.generated_code_size_in_bytes,
+            "host_arguments": m.host_argument_size_in_bytes, "host_temporaries": m.host_temp_size_in_bytes}
 
 
 def held(cfg: CompileVerb, program) -> dict:

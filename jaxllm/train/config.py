@@ -42,6 +42,9 @@ class TrainConfig:
     # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the
     # named tensors (mlp: gate and up; attention: what the TPU's attention kernel gave; qkv), or all of a layer (full)
     remat: Literal["none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full"] = "none"
+    # what a step keeps in the host's memory (TPU): what `remat` keeps of each layer, the optimizer's moments, or both. Slower; for
+    # a model that does not fit even with remat full
+    offload: Literal["none", "activations", "optimizer", "both"] = "none"
     xla: Literal["tuned", "plain"] = "tuned"  # compiler options: those that chips.yaml holds for the chip, or none
     # attention of a sequence that mesh.context splits: keys and values of all devices brought to each, or passed around
     context_attention: Literal["gather", "ring"] = "gather"
