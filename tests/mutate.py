@@ -141,8 +141,22 @@ FAULTS = [
           "tests/test_plan_compile.py -k by_axis"),
     Fault("a ring of chips is taken for a line", "jaxllm/plan/topology.py", "n % topology.generation.wraps == 0", "n == 0",
           "tests/test_plan_compile.py -k by_hand"),
-    Fault("the front keeps what is beaten", "jaxllm/plan/fit.py", 'r["fits"] and not beaten(r)', 'r["fits"]',
+    Fault("the front keeps what is beaten", "jaxllm/plan/search.py", 'r["fits"] and not beaten(r)', 'r["fits"]',
           "tests/test_plan_compile.py -k front"),
+    Fault("a search goes on from another model's results", "jaxllm/plan/search.py", "{settings}{importlib", "{importlib",
+          "tests/test_plan_compile.py -k killed"),
+    Fault("a search passes over what keeps less", "jaxllm/plan/search.py", "self.micro_batches <= other.micro_batches",
+          "self.micro_batches >= other.micro_batches", "tests/test_plan_compile.py -k passes_over"),
+    Fault("offload is not tried when a step does not fit", "jaxllm/plan/fit.py", '"none": ["optimizer", "both"]', '"none": []',
+          "tests/test_plan_compile.py -k offload"),
+    Fault("moments stay on the device", "jaxllm/train/offload.py", "s.with_memory_kind(HOST) if a.ndim else s", "s",
+          "tests/test_offload.py -k 'three_steps or moments'"),
+    Fault("moments on the host are summed where they are", "jaxllm/train/offload.py", "if x.sharding.memory_kind == HOST else x", "if False else x",
+          "tests/test_offload.py -k checkpoint"),
+    Fault("what a layer keeps is not offloaded", "jaxllm/model/transformer.py", 'names_which_can_be_offloaded=["input", *NAMES[remat]]',
+          "names_which_can_be_offloaded=[]", "tests/test_offload.py -k kept"),
+    Fault("offload on a CPU goes through in silence", "jaxllm/train/offload.py", "if device.platform not in PLATFORMS:", "if False:",
+          "tests/test_offload.py -k cpu"),
 ]
 
 

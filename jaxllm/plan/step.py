@@ -75,7 +75,10 @@ def mesh_of(cfg: CompileVerb, topology):
 
 
 def memory(compiled) -> dict:
-    """Returns XLA's own account, in bytes. The peak counts temporaries as the compiler packed them, gaps included."""
+    """Returns XLA's own account, in bytes. The peak counts temporaries as the compiler packed them, gaps included.
+
+    What is in the host's memory counts apart: arguments there are moments, temporaries are what layers keep.
+    """
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return {"peak": peak, "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,

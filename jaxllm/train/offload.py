@@ -10,10 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from jaxllm.errors import UserError
-from jaxllm.train.config import TrainConfig
+from jaxllm.train.config import NAMED, TrainConfig
 
 HOST = "pinned_host"
-NAMED = ("mlp", "qkv_attention", "qkv", "attention", "full")  # remats that say by name what they keep
 PLATFORMS = ("tpu", "gpu")  # whose memory is not the host's
 
 
@@ -35,7 +34,8 @@ def check_offload(train: TrainConfig, mesh: Mesh) -> None:
     if HOST not in (kinds := [m.kind for m in device.addressable_memories()]):
         raise UserError(f"{told}: {device.device_kind} cannot reach the host's memory, only {', '.join(kinds)}; leave it out")
     if of_activations(train) and train.remat not in NAMED:
-        raise UserError(f"{told} with train.remat={train.remat}: should be a remat that names what it keeps: {', '.join(NAMED)}")
+        raise UserError(f"{told} with train.remat={train.remat}: should be a remat that names what it keeps: "
+                        f"{', '.join(NAMED)}")
     if of_activations(train) and mesh.shape["stage"] > 1:
         raise UserError(f"{told} cannot be combined with mesh.stage={mesh.shape['stage']}; train.offload=optimizer can")
     if train.sync != "every_step":
@@ -48,7 +48,7 @@ def on_host(placed_opt_state, abstract_opt_state):
 
 
 def through_device(step, on_device):
-    """Returns a step whose optimizer state comes from the host's memory; `on_device` is its placement beside the matrix units."""
+    """Returns a step whose optimizer state comes from the host's memory; `on_device` is its placement there."""
 
     def stepped(state, batch):
         return step(dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, on_device)), batch)
