@@ -155,6 +155,8 @@ FAULTS = [
           "tests/test_offload.py -k checkpoint"),
     Fault("what a layer keeps is not offloaded", "jaxllm/model/transformer.py", 'names_which_can_be_offloaded=["input", *NAMES[remat]]',
           "names_which_can_be_offloaded=[]", "tests/test_offload.py -k kept"),
+    Fault("a run that offloaded is read on a TPU only", "jaxllm/train/offload.py", 'dataclasses.replace(train, offload="none")', "train",
+          "tests/test_offload.py -k any_machine"),
     Fault("offload on a CPU goes through in silence", "jaxllm/train/offload.py", "if device.platform not in PLATFORMS:", "if False:",
           "tests/test_offload.py -k cpu"),
 ]

@@ -5,12 +5,13 @@ import pytest
 import toy
 
 from jaxllm import cli
+from jaxllm.data.config import DataConfig
 from jaxllm.errors import UserError
 from jaxllm.mesh import MeshConfig
 from jaxllm.partition import make_mesh
-from jaxllm.train import offload
+from jaxllm.train import checkpoint, offload
 from jaxllm.train.checkpoint import Checkpoints
-from jaxllm.train.config import CheckpointConfig, OptimConfig, TrainConfig
+from jaxllm.train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrainConfig
 
 CAN_RUN = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jax 0.7 on a CPU has no placement in the host's memory")
 
@@ -69,6 +70,17 @@ def test_a_checkpoint_does_not_depend_on_where_moments_live(saved, restored, on_
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_run_that_offloaded_is_read_on_any_machine(tmp_path, monkeypatch):
+    prog = toy.program()
+    with jax.set_mesh(prog.mesh), Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        state = prog.init()
+        checkpoints.save(3, state, {"step": 3})
+    cfg = PretrainConfig(model=toy.MODEL, data=DataConfig(seq_len=toy.T), train=TrainConfig(steps=10, offload="both", remat="full"))
+    monkeypatch.setattr(checkpoint, "read_config", lambda folder: cfg)
+    _, _, params, step = checkpoint.load_model(tmp_path, mesh=prog.mesh)
+    assert step == 3 and toy.worst(params, state.params)[0] == 0
+
+
 @CAN_RUN
 def test_what_is_kept_of_a_layer_is_offloaded(on_a_cpu):
     """The traced step sends the layer's input and its qkv to the host, and nothing when nothing is to be offloaded."""
@@ -89,7 +101,7 @@ def test_what_is_kept_of_a_layer_is_offloaded(on_a_cpu):
 def test_what_cannot_be_offloaded_is_said(train, mesh, said, on_a_cpu):
     with pytest.raises(UserError, match=said):
         devices = jax.devices()[: max(mesh.values(), default=1)]
-        offload.check_offload(TrainConfig(steps=10, **train), make_mesh(MeshConfig(**({"data": 1} | mesh)), devices))
+        offload.check_offload(TrainConfig(steps=30, **train), make_mesh(MeshConfig(**({"data": 1} | mesh)), devices))
 
 
 def test_a_cpu_says_that_it_has_no_host_beside_it(tmp_path, capsys):

@@ -19,7 +19,7 @@ from jaxllm.mesh import MeshConfig
 from jaxllm.parallel.processes import is_first, together
 from jaxllm.partition import leaf_name, make_mesh
 from jaxllm.train.config import CheckpointConfig
-from jaxllm.train.offload import beside_host
+from jaxllm.train.offload import beside_host, looked_at
 from jaxllm.train.run_folder import read_config
 from jaxllm.train.state import TrainState
 
@@ -226,7 +226,7 @@ def load_model(folder, step: int | None = None, mesh=None):
     folder = pathlib.Path(folder)
     cfg = read_config(folder)
     mesh = mesh or run_mesh(cfg)
-    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, 1), mesh)
+    program = build(cfg.model, looked_at(cfg.train), make_optimizer(cfg.optim, 1), mesh)
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore_params(program.abstract.params, step, damaged=tell_damaged)
     if found is None:

@@ -16,6 +16,11 @@ HOST = "pinned_host"
 PLATFORMS = ("tpu", "gpu")  # whose memory is not the host's
 
 
+def looked_at(train: TrainConfig) -> TrainConfig:
+    """Returns the settings under which a run is read, not trained: on any machine, all of it beside the device."""
+    return dataclasses.replace(train, offload="none")
+
+
 def of_activations(train: TrainConfig) -> bool:
     return train.offload in ("activations", "both")
 
