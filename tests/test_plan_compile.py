@@ -357,6 +357,19 @@ def test_a_billion_parameters_on_sixteen_chips_reach_their_goals(tmp_path):
 
 
 @pytest.mark.slow
+def test_moments_and_activations_of_a_tpu_are_in_the_hosts_memory(tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        "model: {d_model: 512, n_layers: 8, n_heads: 4, d_ff: 2048, vocab_size: 4096, max_seq_len: 1024}\nmesh: {data: 1, fsdp: 4}\n"
+        "data: {seq_len: 1024}\ntrain: {steps: 100, batch_size: 16, remat: full, loss_chunk: 256}\n")
+    found = compile_for_tpu(tmp_path, str(tmp_path / "small.yaml"), "--topology=v5e-4", "--train.offload=both")
+    memory, held = found["memory"], found["held"]
+    assert memory["host_arguments"] == pytest.approx(held["optimizer"], rel=1e-3)  # all moments
+    assert memory["arguments"] == pytest.approx(held["parameters"], rel=0.01)  # nothing but them
+    assert memory["host_temporaries"] == 8 * 4 * 1024 * 512 * 2  # of each layer its input, in bfloat16
+    assert memory["peak"] < 0.25e9  # 0.293 GB without
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [["gpipe"], ["1f1b"], ["interleaved", "--train.virtual_stages=2"], ["zero_bubble"]], ids=lambda s: s[0])
 def test_every_pipeline_schedule_compiles_for_tpu_with_the_splash_kernel(schedule, tmp_path):
     (tmp_path / "toy.yaml").write_text(

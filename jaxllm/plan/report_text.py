@@ -28,10 +28,11 @@ def memory(found: dict) -> list[str]:
         needs = f"{(refused['needs'] or 0) / 1e9:9.3f}  of {has / 1e9:.2f}: DOES NOT FIT"
         lines.append(f"  {'the compiler refuses: it needs':<34}{needs}")
         return lines + [f"    {one['bytes'] / 1e9:8.3f}  {one['from']}" for one in refused["largest"]]
-    if found["activations"] is not None:
-        lines.append(f"  {'activations kept for the backward':<34}{found['activations'] / 1e9:9.3f}")
+    kept = found["activations"] if offload in ("none", "optimizer") else None  # on the host they are told apart below
+    if kept is not None:
+        lines.append(f"  {'activations kept for the backward':<34}{kept / 1e9:9.3f}")
     m = found["memory"]
-    named = found["held"]["gradients"] + found["held"]["logits"] + (found["activations"] or 0)
+    named = found["held"]["gradients"] + found["held"]["logits"] + (kept or 0)
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines += [f"  {'other buffers, gaps included':<34}{max(m['temporaries'] - named, 0) / 1e9:9.3f}",
               f"  {'peak':<34}{m['peak'] / 1e9:9.3f}  of {has / 1e9:.2f}: {verdict}"]
