@@ -23,6 +23,7 @@ class Formulation:
     context: int = 1  # parts of a sequence that are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
     remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
+    offload: bool = False  # whether what it keeps goes to the host's memory
 
 
 PLATFORMS = {
@@ -34,9 +35,9 @@ PLATFORMS = {
 }
 
 
-def for_platform(platform: str, *, remat: str = "none") -> Formulation:
+def for_platform(platform: str, *, remat: str = "none", offload: bool = False) -> Formulation:
     """Returns the formulation of a mesh's platform."""
-    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat)
+    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat, offload=offload)
 
 
 REFERENCE = Formulation(attention=partial(dense_masked, implementation="xla"), attention_at=dense_at, unroll=False,

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
@@ -13,14 +14,23 @@ from jaxllm.model.moe import SparseFeedForward
 from jaxllm.partition import constrain
 
 KEEP = jax.checkpoint_policies.save_only_these_names
+NAMES = {  # name -> the tensors of a layer that it keeps
+    "mlp": ("gate", "up"), "qkv_attention": ("qkv", "attention"), "qkv": ("qkv",), "attention": ("attention",), "full": (),
+}
 REMAT = {  # name -> what jax.checkpoint keeps besides a layer's input; "none" keeps everything and is not wrapped at all
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mlp": KEEP("gate", "up"),
-    "qkv_attention": KEEP("qkv", "attention"),
-    "qkv": KEEP("qkv"),
-    "attention": KEEP("attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    **{name: KEEP(*kept) for name, kept in NAMES.items()},
 }
+
+
+def policy(remat: str, offload: bool):
+    """Returns what jax.checkpoint does with a layer's tensors: those of `remat` are kept, and with `offload` they and the
+    layer's input are kept in the host's memory."""
+    if not offload:
+        return REMAT[remat]
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *NAMES[remat]],
+        offload_src="device", offload_dst="pinned_host")
 
 
 def residual(x_BTD):
@@ -112,11 +122,12 @@ class Trunk(nnx.Module):
 
         def layer(x_BTD, xs):
             params, cache, key = xs
+            x_BTD = checkpoint_name(x_BTD, "input") if self.form.offload else x_BTD
             x_BTD, cache, routed = nnx.merge(graph, params)(x_BTD, angles, attend, cache, key, real_BT, capacity)
             return x_BTD, (cache, routed)
 
         if self.form.remat in REMAT:
-            layer = jax.checkpoint(layer, policy=REMAT[self.form.remat])
+            layer = jax.checkpoint(layer, policy=policy(self.form.remat, self.form.offload))
         if not self.form.unroll:
             x_BTD, (cache_L, routed_L) = jax.lax.scan(layer, x_BTD, (stacked, cache_L, key_L))
             return x_BTD, cache_L, routed_L

@@ -75,11 +75,15 @@ def mesh_of(cfg: CompileVerb, topology):
 
 
 def memory(compiled) -> dict:
-    """Returns XLA's own account, in bytes. The peak counts temporaries as the compiler packed them, gaps included."""
+    """Returns XLA's own account, in bytes. The peak counts temporaries as the compiler packed them, gaps included.
+
+    What is in the host's memory counts apart: arguments there are moments, temporaries are what layers keep.
+    """
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return {"peak": peak, "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
-            "program": m.generated_code_size_in_bytes}
+            "program": m.generated_code_size_in_bytes,
+            "host_arguments": m.host_argument_size_in_bytes, "host_temporaries": m.host_temp_size_in_bytes}
 
 
 def held(cfg: CompileVerb, program) -> dict:

@@ -9,6 +9,8 @@ from jaxllm.mesh import MeshConfig
 from jaxllm.model.config import ModelConfig
 from jaxllm.parallel.config import ProcessesConfig
 
+NAMED = ("mlp", "qkv_attention", "qkv", "attention", "full")  # values of train.remat that say by name what is kept of a layer
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -42,6 +44,9 @@ class TrainConfig:
     # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the
     # named tensors (mlp: gate and up; attention: what the TPU's attention kernel gave; qkv), or all of a layer (full)
     remat: Literal["none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full"] = "none"
+    # what is kept in the host's memory (TPU, GPU): of each layer its input and what `remat` names, the optimizer's moments,
+    # or both. Slower; for a model that does not fit even with remat full (`jaxllm plan compile` tells)
+    offload: Literal["none", "activations", "optimizer", "both"] = "none"
     xla: Literal["tuned", "plain"] = "tuned"  # compiler options: those that chips.yaml holds for the chip, or none
     # attention of a sequence that mesh.context splits: keys and values of all devices brought to each, or passed around
     context_attention: Literal["gather", "ring"] = "gather"

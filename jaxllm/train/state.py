@@ -20,6 +20,7 @@ from jaxllm.parallel import local_sgd
 from jaxllm.parallel.context import over_context
 from jaxllm.partition import RULES, batch_parts, batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
+from jaxllm.train.offload import check_offload, of_activations, of_optimizer, on_host, through_device
 from jaxllm.train.optim import Optimizer
 from jaxllm.train.stages import pipelined, schedule_of
 from jaxllm.train.step import Objective, accumulated, eval_step, train_step
@@ -52,7 +53,8 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     Raises UserError when the mesh does not divide a parameter, the batch, or a part of the batch.
     """
     platform = mesh.devices.flat[0].platform
-    form = for_platform(platform, remat=train.remat)
+    check_offload(train, mesh)
+    form = for_platform(platform, remat=train.remat, offload=of_activations(train))
     if mesh.shape["context"] > 1:
         form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)
@@ -82,6 +84,9 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     if train.sync != "every_step":
         init, placed, step = in_groups(train, mesh, init, placed, step)
         abstract = jax.eval_shape(init, jnp.uint32(0))
+    if of_optimizer(train):
+        step = through_device(step, placed.opt_state)
+        placed = dataclasses.replace(placed, opt_state=on_host(placed.opt_state, abstract.opt_state))
     known = chip(mesh.devices.flat[0].device_kind) if train.xla == "tuned" else None
     step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0,
                    compiler_options=known.xla if known else None)
