@@ -89,7 +89,7 @@ def test_cycles_are_counted_as_often_as_their_loop_goes_round():
 
 
 def test_collectives_by_axis_with_bytes_and_runs():
-    every = collectives.read(hlo.parse(PROGRAM), SIZES, slices=2)
+    every = collectives.read(hlo.parse(PROGRAM), SIZES, {"data": 2})
     over = next(c for c in every if c.times == 1 and c.kind == "all-reduce")
     assert (over.axis, over.group, over.sent) == ("data", (0, 4), 1024)  # through the host, to the other slice
     found = {c.kind: c for c in every if c is not over}
@@ -101,10 +101,41 @@ def test_collectives_by_axis_with_bytes_and_runs():
     assert collectives.per_layer(list(found.values()), 6) == {"fsdp all-gather": 1, "data all-reduce": 1}
 
 
+def test_slices_are_joined_by_the_axes_that_go_over_them():
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    for dcn, members, axis in (({"data": 2}, (0, 8), "data"), ({"fsdp": 2}, (0, 4), "fsdp"),
+                               ({"data": 2, "fsdp": 2}, (0, 4, 8, 12), "data x fsdp"), ({}, (0,), "none")):
+        assert collectives.across(sizes, dcn) == members
+        assert collectives.axis_of(members, sizes) == axis
+
+
+SCATTER = """
+%all-reduce-scatter.1 (input: bf16[32,64]) -> bf16[8,64] {
+  %input = bf16[32,64]{1,0} parameter(0)
+  %all-reduce.1 = bf16[32,64]{1,0} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %cut = bf16[8,64]{1,0} dynamic-slice(%all-reduce.1, %i, %j), dynamic_slice_sizes={8,64}
+}
+
+ENTRY %main (x: bf16[32,64]) -> bf16[8,64] {
+  %x = bf16[32,64]{1,0} parameter(0)
+  %fused = bf16[8,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %plain = bf16[8,64]{1,0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_a_fused_reduce_scatter_is_counted_as_one():
+    fused, plain = collectives.read(hlo.parse(SCATTER), SIZES)
+    assert (fused.kind, fused.axis, fused.payload, fused.sent) == ("reduce-scatter", "fsdp", 4096, 3072)
+    assert (plain.kind, plain.axis, plain.payload, plain.sent) == ("reduce-scatter", "fsdp", 4096, 3072)
+
+
 @pytest.mark.parametrize(("text", "members"), [
     ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)), ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
     ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)), ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)), ("replica_groups={}", tuple(range(8))),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'a'}", (0, 1)),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 2)),
 ])
 def test_every_way_to_write_a_group_is_read(text, members):
     assert collectives.groups(text, 8) == members

@@ -112,7 +112,7 @@ def of_text(cfg: CompileVerb, text: str, mesh, topology) -> dict:
 
     module, sizes = hlo.parse(text), dict(mesh.shape)
     places = [(tuple(d.coords), getattr(d, "slice_index", 0) or 0) for d in mesh.devices.flat]
-    found = collectives.read(module, sizes, topology.slices)
+    found = collectives.read(module, sizes, {"data": cfg.mesh.dcn.data, "fsdp": cfg.mesh.dcn.fsdp})
 
     def seconds(c):
         return link_seconds(topology, c.kind, c.sent, [places[i] for i in c.group])[0]
