@@ -32,7 +32,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """Returns a mesh with every axis of `AXES`; raises UserError when the degrees do not multiply to the devices."""
     devices = jax.devices() if devices is None else devices
     inner, outer = (tuple(sizes[a] for a in AXES) for sizes in degrees(cfg, len(devices)))
-    slices = [create_device_mesh(inner, part) for part in _slices(devices, int(np.prod(outer)))]
+    slices = [create_device_mesh(inner, part, allow_split_physical_axes=True) for part in _slices(devices, int(np.prod(outer)))]
     # [outer axes, inner axes] -> each axis with its outer part in front
     n = len(AXES)
     placed = np.array(slices).reshape(outer + inner).transpose([i for a in range(n) for i in (a, n + a)])
