@@ -108,7 +108,7 @@ def _rooted(eqns: Sequence, wanted: Sequence, given: set) -> tuple[list, list]:
     """Returns (variables, equations): what `wanted` are but other shapes of, unless that is given, and how they follow from it."""
     maker = {v: k for k, e in enumerate(eqns) for v in e.outvars}
     roots, moves = {}, set()
-    for v in wanted:
+    for v in (v for v in wanted if not isinstance(v, Literal)):
         while v not in given and v in maker and _is_move(eqns[maker[v]]):
             moves.add(maker[v])
             v = eqns[maker[v]].invars[0]
