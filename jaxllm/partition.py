@@ -24,6 +24,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "vocab_over_stages": ("stage", "tensor"),  # between the steps of a pipeline, with train.split_embedding
     "norm": None,
 }
 
@@ -123,20 +124,25 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     return first // (last - first), mesh.size // (last - first)
 
 
-def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Returns the NamedSharding of every parameter, from the axis names written beside it (leading ones: layers)."""
+def shardings(params: nnx.State, mesh: Mesh, *, split_embedding: bool = False) -> nnx.State:
+    """Returns the NamedSharding of every parameter, from the axis names written beside it."""
 
     def place(var):
-        stacked = var.ndim - len(var.axes)
-        return var.replace(NamedSharding(mesh, spec(*["layers"] * stacked, *var.axes)))
+        return var.replace(NamedSharding(mesh, spec(*_names(var, split_embedding))))
 
     return jax.tree.map(place, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def check_divides(params: nnx.State, mesh: Mesh) -> None:
+def _names(var, split_embedding: bool) -> tuple[str, ...]:
+    """Returns the logical axes of a whole parameter: leading ones that it does not name are layers."""
+    own = tuple("vocab_over_stages" if name == "vocab" and split_embedding else name for name in var.axes)
+    return ("layers",) * (var.ndim - len(own)) + own
+
+
+def check_divides(params: nnx.State, mesh: Mesh, *, split_embedding: bool = False) -> None:
     """Raises UserError that names the parameter, its axis and its size when the mesh does not divide it."""
     for path, var in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        names = ("layers",) * (var.ndim - len(var.axes)) + tuple(var.axes)
+        names = _names(var, split_embedding)
         for name, size, entry in zip(names, var.shape, spec(*names), strict=True):
             axes = (entry,) if isinstance(entry, str) else entry or ()
             parts = int(np.prod([mesh.shape[a] for a in axes]))

@@ -148,8 +148,8 @@ def _split_branches(parts: Parts, layer: TwoParts, shared, blank_BTD):
         start = _enter(parts, shared, row, inputs, x_BTD), loss
         (y_BTD, loss), kept = jax.lax.scan(up, start, (blocks, layered))
         g_BTD, loss, d_shared = _output_gradient(parts, shared, row, inputs, y_BTD, g_BTD, loss, d_shared)
-        n = jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
-        (dx_BTD, d_blocks, operands), _ = jax.lax.scan(down, (g_BTD, d_blocks, operands), (n, blocks, layered, kept), reverse=True)
+        start, n = (g_BTD, d_blocks, operands), jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
+        (dx_BTD, d_blocks, operands), _ = jax.lax.scan(down, start, (n, blocks, layered, kept), reverse=True)
         d_shared = _embed_gradient(parts, shared, row, inputs, dx_BTD, d_shared)
         return blank_BTD, dx_BTD, (loss, d_shared, d_blocks, operands)
 

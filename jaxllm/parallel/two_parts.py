@@ -15,7 +15,8 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 MATMULS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated")
 CALLS = ("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat2")
-MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "unstack", "slice")  # where they keep the size: the same numbers in another shape
+# Where they keep the size: the same numbers in another shape.
+MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "unstack", "slice")
 
 
 class TwoParts(NamedTuple):
@@ -46,7 +47,7 @@ def two_parts(layer: Callable, blocks: Any, x: Any, *rest: Any) -> TwoParts:
     kept, renamed = _rooted(first.jaxpr.eqns, outs, {*args, *first.jaxpr.constvars})
 
     def backward(args_and_kept, d_y):
-        env = dict(zip([*args, *kept], args_and_kept, strict=True)) | dict(zip(first.jaxpr.constvars, first.consts, strict=True))
+        env = dict(zip([*args, *kept, *first.jaxpr.constvars], [*args_and_kept, *first.consts], strict=True))
         pull = jax.tree.unflatten(box["pull"], evaluate(renamed, env, outs))
         d_blocks, d_x = pull((d_y, jnp.ones((), box["out"][1].dtype)))
         return d_x, *jax.tree.leaves(d_blocks)
@@ -72,8 +73,7 @@ def two_parts(layer: Callable, blocks: Any, x: Any, *rest: Any) -> TwoParts:
         env |= dict(zip(cut.operands, operands, strict=True))
         return evaluate(cut.by_weights, env, cut.late)
 
-    return TwoParts(run_forward, run_input, run_weights, cut.is_early,
-                    [_shape(v) for v in cut.operands])
+    return TwoParts(run_forward, run_input, run_weights, cut.is_early, [_shape(v) for v in cut.operands])
 
 
 class _Cut(NamedTuple):
@@ -105,7 +105,7 @@ def _cut(jaxpr, n_args: int) -> _Cut:
 
 
 def _rooted(eqns: Sequence, wanted: Sequence, given: set) -> tuple[list, list]:
-    """Returns (variables, equations): what `wanted` are but other shapes of, unless that is given, and how they follow from it."""
+    """Returns (variables, equations): what `wanted` are but other shapes of, unless that is given, and how they follow."""
     maker = {v: k for k, e in enumerate(eqns) for v in e.outvars}
     roots, moves = {}, set()
     for v in (v for v in wanted if not isinstance(v, Literal)):
