@@ -128,6 +128,8 @@ FAULTS = [
           "w_waits.append((t - 1, t, v, i))", "tests/test_schedule.py -k still_waits"),
     Fault("both parts of a backward multiply for the weights", "jaxllm/parallel/two_parts.py",
           "if k not in first and (eqn.primitive.name in MATMULS or", "if k not in first and (False or", "tests/test_two_parts.py -k 'waits and full'"),
+    Fault("a split embedding is on every stage", "jaxllm/partition.py", 'if name == "vocab" and split_embedding', 'if name == "vocab" and False',
+          "tests/test_pipeline.py -m 'not slow' -k split_over_the_stages"),
     Fault("what layers add to the loss has no gradient in two parts", "jaxllm/parallel/two_parts.py", "pull((d_y, jnp.ones((),",
           "pull((d_y, jnp.zeros((),", "tests/test_two_parts.py -k 'together and full'"),
     Fault("what layers add to the loss has no gradient", "jaxllm/parallel/pipeline.py", "dx_BTD = pull((g_BTD, jnp.ones_like(extra)))",

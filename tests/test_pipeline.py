@@ -11,7 +11,7 @@ import pytest
 import toy
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import MeshConfig
+from jaxllm.mesh import AXES, MeshConfig
 from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
 from jaxllm.parallel.schedule import make
 from jaxllm.parallel.table import lower
@@ -35,7 +35,7 @@ CLIP = OptimConfig(name="sgd", lr=0.3, schedule="constant", clip=0.1)
 def program(model=MODEL, name="1f1b", micro_batches=M, **mesh):
     if mesh.get("fsdp", 1) > 1 and mesh.get("tensor", 1) > 1 and jax.__version_info__ < (0, 10):
         pytest.skip("jax before 0.10: stage with fsdp and tensor is refused")
-    devices = int(np.prod([1, *mesh.values()]))
+    devices = int(np.prod([size for axis, size in mesh.items() if axis in AXES]))
     return toy.program(model, devices=devices, optim=CLIP, micro_batches=micro_batches, pipeline=name, **SCHEDULES[name] | mesh)
 
 
