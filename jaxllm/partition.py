@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "router": None,  # experts, as a router's outputs: every device chooses for its own tokens
     "balance": None,  # experts, as the biases that even out their load
     "vocab": "tensor",
+    "vocab_over_stages": ("stage", "tensor"),  # between the steps of a pipeline, with train.split_embedding
     "norm": None,
 }
 
@@ -35,7 +36,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """Returns a mesh with every axis of `AXES`; raises UserError when the degrees do not multiply to the devices."""
     devices = jax.devices() if devices is None else devices
     inner, outer = (tuple(sizes[a] for a in AXES) for sizes in degrees(cfg, len(devices)))
-    slices = [create_device_mesh(inner, part) for part in _slices(devices, int(np.prod(outer)))]
+    slices = [create_device_mesh(inner, part, allow_split_physical_axes=True) for part in _slices(devices, int(np.prod(outer)))]
     # [outer axes, inner axes] -> each axis with its outer part in front
     n = len(AXES)
     placed = np.array(slices).reshape(outer + inner).transpose([i for a in range(n) for i in (a, n + a)])
@@ -131,20 +132,25 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
-def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Returns the NamedSharding of every parameter, from the axis names written beside it (leading ones: layers)."""
+def shardings(params: nnx.State, mesh: Mesh, *, split_embedding: bool = False) -> nnx.State:
+    """Returns the NamedSharding of every parameter, from the axis names written beside it."""
 
     def place(var):
-        stacked = var.ndim - len(var.axes)
-        return var.replace(NamedSharding(mesh, spec(*["layers"] * stacked, *var.axes)))
+        return var.replace(NamedSharding(mesh, spec(*_names(var, split_embedding))))
 
     return jax.tree.map(place, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def check_divides(params: nnx.State, mesh: Mesh) -> None:
+def _names(var, split_embedding: bool) -> tuple[str, ...]:
+    """Returns the logical axes of a whole parameter: leading ones that it does not name are layers."""
+    own = tuple("vocab_over_stages" if name == "vocab" and split_embedding else name for name in var.axes)
+    return ("layers",) * (var.ndim - len(own)) + own
+
+
+def check_divides(params: nnx.State, mesh: Mesh, *, split_embedding: bool = False) -> None:
     """Raises UserError that names the parameter, its axis and its size when the mesh does not divide it."""
     for path, var in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        names = ("layers",) * (var.ndim - len(var.axes)) + tuple(var.axes)
+        names = _names(var, split_embedding)
         for name, size, entry in zip(names, var.shape, spec(*names), strict=True):
             axes = (entry,) if isinstance(entry, str) else entry or ()
             parts = int(np.prod([mesh.shape[a] for a in axes]))

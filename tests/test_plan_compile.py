@@ -413,6 +413,21 @@ def test_every_pipeline_schedule_compiles_for_tpu_with_the_splash_kernel(schedul
 
 
 @pytest.mark.slow
+def test_a_pipeline_on_tpu_holds_less_with_1f1b_by_what_the_tables_say(tmp_path):
+    from jaxllm.parallel.schedule import make
+    from jaxllm.parallel.table import lower
+
+    (tmp_path / "small.yaml").write_text(
+        "model: {d_model: 1024, n_layers: 8, n_heads: 8, d_ff: 2816, vocab_size: 32000, max_seq_len: 2048}\ndata: {seq_len: 2048}\n"
+        "train: {steps: 10, batch_size: 64, micro_batches: 16, remat: full, loss_chunk: 256}\nmesh: {stage: 4, data: 1, fsdp: 4}\n")
+    alive = [compile_for_tpu(tmp_path, str(tmp_path / "small.yaml"), "--topology=v5e-16", f"--train.pipeline={name}")["memory"]["alive"]
+             for name in ("gpipe", "1f1b")]
+    tables = [lower(make(name, 4, 16)) for name in ("gpipe", "1f1b")]
+    predicted = (tables[0].x_slots + tables[0].g_slots - tables[1].x_slots - tables[1].g_slots) * 2048 * 1024 * 2
+    assert alive[0] - alive[1] == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.slow
 def test_a_sequence_in_parts_compiles_for_tpu_with_the_splash_kernel(tmp_path):
     found = compile_for_tpu(tmp_path, "configs/pretrain/demo.yaml", "--topology=v5e-4", "--mesh.data=2", "--mesh.context=2",
                             "--model.vocab_size=4096", "--data.seq_len=1024", "--model.max_seq_len=1024")

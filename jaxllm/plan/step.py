@@ -75,14 +75,16 @@ def mesh_of(cfg: CompileVerb, topology):
 
 
 def memory(compiled) -> dict:
-    """Returns XLA's own account, in bytes. The peak counts temporaries as the compiler packed them, gaps included.
+    """Returns XLA's own account, in bytes.
 
-    What is in the host's memory counts apart: arguments there are moments, temporaries are what layers keep.
+    `alive` is the most that is held at once. `peak` adds up arguments, temporaries and outputs as `memory_analysis` tells
+    them: on a TPU its temporaries count what a loop carries twice, so it is an upper bound (docs/plan-compile.md). What is in
+    the host's memory counts apart: arguments there are moments, temporaries are what layers keep.
     """
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return {"peak": peak, "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
-            "program": m.generated_code_size_in_bytes,
+            "program": m.generated_code_size_in_bytes, "alive": getattr(m, "peak_memory_in_bytes", None),
             "host_arguments": m.host_argument_size_in_bytes, "host_temporaries": m.host_temp_size_in_bytes}
 
 

@@ -39,6 +39,8 @@ class TrainConfig:
     # with mesh.stage > 1: the order in which stages work on the micro-batches (`jaxllm plan schedule` draws it)
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1  # interleaved: pieces of the model that each stage holds
+    # with mesh.stage > 1: embedding, head and their optimizer state are split over the stages, and gathered once a step
+    split_embedding: bool = False
     # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the

@@ -27,7 +27,7 @@ MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.
               "train.context_attention", "train.xla", "train.offload",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
               "train.sample.", "train.pipeline", "train.virtual_stages", "optim.lr", "optim.final", "optim.weight_decay",
-              "train.inner_steps",
+              "train.split_embedding", "train.inner_steps",
               "train.outer_lr", "train.outer_momentum", "optim.clip", "optim.zero1", "checkpoint.", "log.", "mesh.",
               "data.cache", "data.workers", "data.sources.")
 

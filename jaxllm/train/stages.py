@@ -20,6 +20,8 @@ def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule 
     """Returns the table of a run, None without a pipeline; raises UserError when layers or micro-batches do not fit."""
     stages = mesh.shape["stage"]
     if stages == 1:
+        if train.split_embedding:
+            raise UserError("train.split_embedding=true needs mesh.stage of 2 or more, found 1")
         return None
     if mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] > 1 and jax.__version_info__ < (0, 10):
         raise UserError(f"mesh.stage={stages} with both mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']} "

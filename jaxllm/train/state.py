@@ -72,8 +72,8 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, form, rngs=nnx.Rngs(0))))
     abstract = jax.eval_shape(init, jnp.uint32(0))
-    check_divides(abstract.params, mesh)
-    placed = place(abstract, mesh, zero1=optimizer.zero1)
+    check_divides(abstract.params, mesh, split_embedding=train.split_embedding)
+    placed = place(abstract, mesh, zero1=optimizer.zero1, split_embedding=train.split_embedding)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
     objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout,
                           model.moe if model.moe.experts else None)
@@ -124,12 +124,13 @@ def check_groups(train: TrainConfig, mesh: Mesh) -> None:
         raise UserError(f"train.sync={train.sync} cannot be combined with mesh.stage={mesh.shape['stage']}")
 
 
-def place(abstract: TrainState, mesh: Mesh, *, zero1: bool = False) -> TrainState:
+def place(abstract: TrainState, mesh: Mesh, *, zero1: bool = False, split_embedding: bool = False) -> TrainState:
     """Returns the sharding of every leaf: a moment lives where its parameter lives, all else is everywhere.
 
-    With `zero1` a moment is besides split over the `data` axis (Rajbhandari et al. 2020, ZeRO stage 1).
+    With `zero1` a moment is besides split over the `data` axis (Rajbhandari et al. 2020, ZeRO stage 1); with
+    `split_embedding` the vocabulary's weights are over the stages too.
     """
-    params, everywhere = shardings(abstract.params, mesh), replicated(mesh)
+    params, everywhere = shardings(abstract.params, mesh, split_embedding=split_embedding), replicated(mesh)
     leaf_path = jax.tree_util.tree_leaves_with_path
     by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in
                zip(leaf_path(abstract.params), jax.tree.leaves(params), strict=True)}
