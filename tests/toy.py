@@ -41,7 +41,7 @@ def run(prog, batches, state=None):
         losses = []
         for one in batches:
             state, metrics = prog.train_step(state, jax.device_put(one, batch_sharding(prog.mesh)))
-            losses.append(float(metrics["loss"]))
+            losses.append(float(prog.read(metrics)["loss"]))
     return state, losses
 
 

@@ -143,7 +143,7 @@ def _put(batch: dict, rows) -> dict:
 def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None:
     """Waits for a step's metrics; stops the run if they are not finite; logs them if it is their turn."""
     step, metrics = pending
-    metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+    metrics = {k: np.asarray(v) for k, v in run.program.read(metrics).items()}
     if why := not_finite(names, metrics):
         run.checkpoints.wait()
         good = run.checkpoints.steps()

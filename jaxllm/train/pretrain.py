@@ -83,7 +83,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     writes, mesh = is_first(), make_mesh(cfg.mesh)
     check_length(cfg.data.seq_len, mesh)
     check_groups(cfg.train, mesh)
-    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
+    program = build(cfg.model, dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)
     rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, *share)
@@ -203,7 +203,7 @@ def _say_what_runs(cfg, program, rows, run, start):
         f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
         *_pipeline(cfg, program),
-        *_groups(cfg, n),
+        *_groups(cfg, program.abstract.params),
         f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
@@ -227,16 +227,24 @@ def _pipeline(cfg, program):
     return [*said, f"! train.micro_batches: {warning}"] if warning else said
 
 
-def _groups(cfg, n_params: int):
+def _groups(cfg, params):
     """Returns what is to be said of groups that train alone, if there are any."""
-    from jaxllm.parallel.local_sgd import bytes_per_token
+    import jax
+
+    from jaxllm.parallel.meetings import bytes_of_meeting, bytes_per_token
+    from jaxllm.train.state import fragments_of
 
     train, tokens = cfg.train, cfg.train.batch_size * cfg.data.seq_len
     if train.sync == "every_step":
         return []
-    each = bytes_per_token(n_params, train.groups, tokens, train.inner_steps)
-    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps: each sends {each:,.1f} bytes a "
-            f"token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each step"]
+    n, sizes = sum(leaf.size for leaf in jax.tree.leaves(params)), fragments_of(train, params)[1]
+    each = bytes_per_token(n, train.groups, tokens, train.inner_steps)
+    parts = f", over {train.fragments} fragments in turn" if train.fragments > 1 else ""
+    late = f", merged {train.overlap} steps later" if train.overlap else ""
+    late = f", merged {train.staleness} rounds later: a group may be so far ahead" if train.staleness else late
+    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps{parts}{late}: each sends {each:,.1f} "
+            f"bytes a token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each step; "
+            f"at most {bytes_of_meeting(max(sizes), train.groups):,.0f} bytes in one meeting"]
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:
