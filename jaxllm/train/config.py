@@ -34,7 +34,7 @@ class TrainConfig:
     outer_lr: float = 0.7  # diloco: learning rate of the outer step
     outer_momentum: float = 0.9  # diloco: Nesterov momentum of the outer step
     groups: int = 1  # local_sgd, diloco: groups that train alone, as many as mesh.data (times mesh.dcn.data) has places
-    staleness: int = 0  # local_sgd, diloco: rounds that a group may be ahead of the others: what came of a meeting is merged so late
+    staleness: int = 0  # local_sgd, diloco: rounds a group may be ahead of the others; what came of a meeting is merged so late
     fragments: int = 1  # local_sgd, diloco: parts of the layers, in turn, that meet at steps of their own (Streaming DiLoCo)
     overlap: int = 0  # local_sgd, diloco: steps after a meeting until what came of it is merged (Streaming DiLoCo's tau)
     # with overlap: share of its own parameters that a group keeps in a merge (Streaming DiLoCo's alpha); null: it keeps all of
@@ -85,9 +85,10 @@ class TrainConfig:
             value = getattr(self, name)
             if self.sync == "every_step" and value != off:
                 raise ValueError(f"train.{name}={value} with train.sync=every_step: is for local_sgd and diloco")
-        if self.staleness < 0 or not 1 <= self.fragments <= self.inner_steps or not 0 <= self.overlap < self.inner_steps:
-            raise ValueError(f"train.staleness={self.staleness}, train.fragments={self.fragments}, train.overlap={self.overlap}: "
-                             f"should be 0 or more, 1 to train.inner_steps={self.inner_steps}, and 0 to {self.inner_steps - 1}")
+        most = self.inner_steps
+        if self.staleness < 0 or not 1 <= self.fragments <= most or not 0 <= self.overlap < most:
+            raise ValueError(f"train.staleness={self.staleness}, train.fragments={self.fragments}, train.overlap="
+                             f"{self.overlap}: should be 0 or more, 1 to {most} (train.inner_steps), and 0 to {most - 1}")
         if self.staleness and self.overlap:
             raise ValueError(f"train.staleness={self.staleness} with train.overlap={self.overlap}: what came of a meeting is "
                              "merged whole rounds later, or some steps later; give one")

@@ -74,6 +74,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
     from jaxllm.parallel.context import check_length
     from jaxllm.partition import make_mesh, row_share
+    from jaxllm.train.ahead import ahead, may_be_ahead
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
     from jaxllm.train.loop import train
@@ -83,7 +84,10 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     writes, mesh = is_first(), make_mesh(cfg.mesh)
     check_length(cfg.data.seq_len, mesh)
     check_groups(cfg.train, mesh)
-    program = build(cfg.model, dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
+    train_cfg, optimizer = dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps)
+    program = build(cfg.model, train_cfg, optimizer, mesh, seed=cfg.run.seed)
+    if may_be_ahead(train_cfg, mesh):
+        program = ahead(program, cfg.model, train_cfg, optimizer, place, cfg.processes.timeout)
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)
     rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, *share)
@@ -242,9 +246,9 @@ def _groups(cfg, params):
     parts = f", over {train.fragments} fragments in turn" if train.fragments > 1 else ""
     late = f", merged {train.overlap} steps later" if train.overlap else ""
     late = f", merged {train.staleness} rounds later: a group may be so far ahead" if train.staleness else late
-    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps{parts}{late}: each sends {each:,.1f} "
-            f"bytes a token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each step; "
-            f"at most {bytes_of_meeting(max(sizes), train.groups):,.0f} bytes in one meeting"]
+    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps{parts}{late}: each sends "
+            f"{each:,.1f} bytes a token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each "
+            f"step; at most {bytes_of_meeting(max(sizes), train.groups):,.0f} bytes in one meeting"]
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:

@@ -46,6 +46,8 @@ class Program:
     train_step: Any  # (state, batch) -> (state, metrics); the state is donated
     eval_step: Any  # (params, batch) -> (summed loss, number of tokens)
     read: Any = jax.device_get  # metrics as the step gives them -> those of the whole batch, on the host
+    whole: Any = lambda state: state  # what the step returns as state -> TrainState, on all devices
+    agreed: Any = None  # a signal's number or 0 -> that of any process, at the same step; None: processes ask each other
 
 
 def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Mesh, *, seed: int = 0) -> Program:
