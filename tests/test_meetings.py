@@ -1,5 +1,7 @@
 """When groups meet and what a late merge does: against a plain loop over groups that keeps every round's progress apart."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def test_each_fragment_meets_once_a_round_and_is_merged_so_much_later(meetings):
     sent = {s: meetings.contributed(s) for s in range(1, 20 * H)}
     for p in range(meetings.fragments):
         own = [s for s, q in sent.items() if q == p]
-        assert {b - a for a, b in zip(own, own[1:], strict=False)} == {H}
+        assert {b - a for a, b in itertools.pairwise(own)} == {H}
         for s in own[:-5]:
             assert meetings.merged(s + meetings.delay) == p
             # it waits from when it was made until the step that merges it
