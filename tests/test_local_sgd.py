@@ -11,7 +11,8 @@ import toy
 from jaxllm import cli
 from jaxllm.parallel.meetings import bytes_per_token
 from jaxllm.partition import batch_sharding
-from jaxllm.train.config import OptimConfig
+from jaxllm.train.config import OptimConfig, TrainConfig
+from jaxllm.train.state import fragments_of
 
 SGD = OptimConfig(name="sgd", lr=0.1, b1=0.0, clip=0, weight_decay=0, schedule="constant")
 
@@ -76,24 +77,27 @@ def _one(shared, state):
     return type(one)(one.step, params, one.opt_state, one.rng)
 
 
-def test_groups_talk_only_when_they_meet():
-    """Between meetings nothing but metrics crosses groups; a meeting sends every parameter once, as the formula says."""
-    prog = program("diloco", inner_steps=10)
+@pytest.mark.parametrize(("fragments", "overlap"), [(1, 0), (2, 3)])
+def test_groups_talk_only_when_they_meet(fragments, overlap):
+    """Between meetings nothing crosses groups; a meeting sends every parameter of its fragment once, as the formula says."""
+    prog = program("diloco", inner_steps=10, fragments=fragments, steps=None, overlap=overlap)
     with jax.set_mesh(prog.mesh):
         batch = jax.device_put(whole_batches(1)[0], batch_sharding(prog.mesh))
         text = prog.train_step.lower(prog.abstract, batch).compile().as_text()
     n_params = sum(x.size for x in jax.tree.leaves(prog.abstract.params))
-    outside, inside = 0, 0
+    sizes = fragments_of(TrainConfig(sync="diloco", groups=4, fragments=fragments), prog.abstract.params)[1]
+    assert sum(sizes) == n_params
+    outside, inside = 0, []
     for computation in re.split(r"\n\n", text):
-        sizes = [np.prod([int(d) for d in dims.split(",") if d], dtype=int)
-                 for line in computation.splitlines() if re.search(r" all-(reduce|gather)(-start)?\(", line)
-                 for dims in re.findall(r"f32\[([\d,]*)\]", line.split(" all-")[0])]
+        sent = sum(np.prod([int(d) for d in dims.split(",") if d], dtype=int)
+                   for line in computation.splitlines() if re.search(r" all-(reduce|gather)(-start)?\(", line)
+                   for dims in re.findall(r"f32\[([\d,]*)\]", line.split(" all-")[0]))
         if "ENTRY" in computation:
-            outside += sum(sizes)
-        else:
-            inside += sum(sizes)
-    assert outside < 20  # loss, targets, norm, flags
-    assert inside == n_params
+            outside += sent
+        elif sent:
+            inside.append(sent)
+    assert outside == 0
+    assert sorted(inside) == sorted(sizes)
     assert bytes_per_token(n_params, 4, 100, 10) == pytest.approx(4 * n_params * 1.5 / 1000)
 
 
@@ -121,6 +125,11 @@ def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, c
     (["--train.groups=2", "--train.sync=diloco"], "train.groups=2: should be the degree of mesh.data (times mesh.dcn.data), which is 8"),
     (["--train.sync=diloco", "--train.groups=8", "--optim.zero1=true"], "optim.zero1=true with train.sync=diloco"),
     (["--train.sync=local_sgd"], "local_sgd and diloco need 2 groups or more"),
+    (["--train.staleness=2"], "train.staleness=2 with train.sync=every_step: is for local_sgd and diloco"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.staleness=2", "--train.overlap=1"], "train.staleness=2 with train.overlap=1"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.overlap=6"], "train.overlap=6: should be 0 or more, 1 to 6 (train.inner_steps), and 0 to 5"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.mixing=0.5"], "train.mixing=0.5 with train.overlap=0: should be in [0, 1], and needs"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.fragments=3"], "train.fragments=3: should be at most the number of stacked layers, 1"),
     (["--train.sync=diloco", "--train.groups=2", "--mesh.stage=2", "--mesh.fsdp=2", "--model.n_layers=2", "--train.micro_batches=2"],
      "train.sync=diloco cannot be combined with mesh.stage=2"),
 ])

@@ -207,7 +207,7 @@ def _say_what_runs(cfg, program, rows, run, start):
         f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
         *_pipeline(cfg, program),
-        *_groups(cfg, program.abstract.params),
+        *_groups(cfg, program),
         f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
@@ -231,7 +231,7 @@ def _pipeline(cfg, program):
     return [*said, f"! train.micro_batches: {warning}"] if warning else said
 
 
-def _groups(cfg, params):
+def _groups(cfg, program):
     """Returns what is to be said of groups that train alone, if there are any."""
     import jax
 
@@ -241,14 +241,20 @@ def _groups(cfg, params):
     train, tokens = cfg.train, cfg.train.batch_size * cfg.data.seq_len
     if train.sync == "every_step":
         return []
+    params = program.abstract.params
     n, sizes = sum(leaf.size for leaf in jax.tree.leaves(params)), fragments_of(train, params)[1]
     each = bytes_per_token(n, train.groups, tokens, train.inner_steps)
     parts = f", over {train.fragments} fragments in turn" if train.fragments > 1 else ""
     late = f", merged {train.overlap} steps later" if train.overlap else ""
-    late = f", merged {train.staleness} rounds later: a group may be so far ahead" if train.staleness else late
-    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps{parts}{late}: each sends "
+    late = f", merged {train.staleness} rounds later" if train.staleness else late
+    said = [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps{parts}{late}: each sends "
             f"{each:,.1f} bytes a token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each "
             f"step; at most {bytes_of_meeting(max(sizes), train.groups):,.0f} bytes in one meeting"]
+    if jax.process_count() > 1:
+        said += ["losses of steps are those of process 0's groups; held-out losses are of what all share"]
+        if program.agreed is None and late:
+            said += ["! processes hold several groups each, or parts of several: none can be ahead of another"]
+    return said
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:
