@@ -9,10 +9,13 @@ import runs
 import toy
 
 from jaxllm import cli
+from jaxllm.mesh import DcnConfig, MeshConfig
 from jaxllm.parallel.meetings import bytes_per_token
-from jaxllm.partition import batch_sharding
+from jaxllm.partition import batch_sharding, make_mesh
+from jaxllm.plan.collectives import groups
 from jaxllm.train.config import OptimConfig, TrainConfig
-from jaxllm.train.state import fragments_of
+from jaxllm.train.optim import make_optimizer
+from jaxllm.train.state import build, fragments_of
 
 SGD = OptimConfig(name="sgd", lr=0.1, b1=0.0, clip=0, weight_decay=0, schedule="constant")
 
@@ -136,3 +139,23 @@ def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, c
 def test_what_cannot_be_is_said(tmp_path, words, says, capsys):
     assert cli.main(["pretrain", str(runs.config(tmp_path, train={"inner_steps": 6})), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_slice_that_is_a_group_crosses_to_others_only_in_a_meeting():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, dcn=DcnConfig(data=2)))
+    train = TrainConfig(steps=8, batch_size=toy.ROWS, sync="diloco", groups=2, inner_steps=4, overlap=1)
+    prog = build(toy.MODEL, train, make_optimizer(OptimConfig(), 8), mesh)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(toy.batch(), batch_sharding(mesh))
+        text = prog.train_step.lower(prog.abstract, batch).compile().as_text()
+    within, between = [], []
+    for line in text.splitlines():
+        if re.search(r" (all-(reduce|gather|to-all)|reduce-scatter|collective-permute)(-start)?\(", line):
+            pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2].partition("}}")[0] + "}")
+            members = [tuple(map(int, pair)) for pair in pairs] or [groups(line, 8)]
+            crosses = any(len({i // 4 for i in some}) > 1 for some in members)
+            (between if crosses else within).append(line)
+    assert within  # weights are gathered inside of a slice
+    assert between
+    assert all("branch_" in line for line in between), [line for line in between if "branch_" not in line][:3]
