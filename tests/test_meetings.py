@@ -15,7 +15,7 @@ from jaxllm.train.state import TrainState
 
 G, LR, MOMENTUM = 4, 0.7, 0.5
 SHAPES = {"layers": ((3, 4), True), "other": ((6,), False)}
-WAYS = [Meetings(4, 1, 0, 14), Meetings(4, 1, 4, 14), Meetings(3, 1, 9, 20), Meetings(4, 2, 0, 14), Meetings(4, 2, 2, 15),
+WAYS = [Meetings(4, 2, 2, 15), Meetings(4, 1, 4, 14), Meetings(4, 1, 0, 14), Meetings(3, 1, 9, 20), Meetings(4, 2, 0, 14),
         Meetings(4, 3, 3, None), Meetings(3, 2, 6, 17)]
 
 

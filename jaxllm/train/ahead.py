@@ -22,6 +22,7 @@ from jaxllm.train.config import TrainConfig
 from jaxllm.train.state import Program, TrainState, build, outer_of
 
 ADDRESS = 64  # bytes that a host's address and port may take
+HERE = -1  # stands for the fragment where groups only wait for each other
 
 
 class Alone(NamedTuple):
@@ -161,13 +162,19 @@ class Ahead:
         for p in range(meetings.fragments):
             steps = meetings.under_way(p, done)
             for slot, step in enumerate(steps, len(sent) - len(steps)):
-                self._submit((step, p), self.outer.fragments.take(p, alone.sent[slot]))
+                with jax.set_mesh(self.own_mesh):
+                    self._submit((step, p), self.outer.fragments.take(p, alone.sent[slot]))
         return alone
 
     def whole(self, state) -> TrainState:
-        """Returns the run's state on all devices, of this and the other groups' parts; all must ask at the same step."""
+        """Returns the run's state on all devices, of this and the other groups' parts; all must ask at the same step.
+
+        Here the groups wait for each other: what is then done together over jax would give up after half a minute.
+        """
         if isinstance(state, TrainState):
             return state
+        self.exchange.submit((state.done, HERE), np.zeros(0, np.float32))
+        self.exchange.result((state.done, HERE))
         one, (shared, velocity, *sent) = state.state, map(self._tree, (state.shared, state.velocity, *state.sent))
         with jax.set_mesh(self.own_mesh):
             params_G, opt_state_G, sent_G = self._stack((one.params, one.opt_state, tuple(sent)))

@@ -32,7 +32,9 @@ class TrainConfig:
     sync: Literal["every_step", "local_sgd", "diloco"] = "every_step"
     inner_steps: int = 30  # local_sgd, diloco: steps between two meetings
     outer_lr: float = 0.7  # diloco: learning rate of the outer step
-    outer_momentum: float = 0.9  # diloco: Nesterov momentum of the outer step
+    # diloco: Nesterov momentum of the outer step. Chosen on runs of 6 and 30 meetings from scratch (docs/parallel.md); the
+    # paper has 0.9, for more meetings and from a trained model
+    outer_momentum: float = 0.5
     groups: int = 1  # local_sgd, diloco: groups that train alone, as many as mesh.data (times mesh.dcn.data) has places
     staleness: int = 0  # local_sgd, diloco: rounds a group may be ahead of the others; what came of a meeting is merged so late
     fragments: int = 1  # local_sgd, diloco: parts of the layers, in turn, that meet at steps of their own (Streaming DiLoCo)
