@@ -1,6 +1,9 @@
 """Groups that train alone and meet every few steps."""
 
+import json
+import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -122,6 +125,28 @@ def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, c
         assert x == pytest.approx(y, rel=1e-5)
     assert cli.main(["inspect", str(resumed), "--digest"]) == 0
     assert cli.main(["generate", str(resumed), "--prompt=the ", "--sample.max_tokens=4"]) == 0
+
+
+@pytest.mark.parametrize("how", [
+    pytest.param({"inner_steps": 3, "staleness": 2}, marks=pytest.mark.slow),
+    {"inner_steps": 5, "fragments": 2, "overlap": 2},
+])
+def test_a_run_resumes_to_the_bit_while_contributions_are_under_way(tmp_path, how, capsys):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    config = runs.config(tmp_path, train={"sync": "diloco", "groups": 2, **how}, mesh={"data": 2, "fsdp": 4}, model={"n_layers": 2},
+                         checkpoint={"every": 7, "keep": 9})
+    assert cli.main(["pretrain", str(config), f"--run.dir={straight}"]) == 0
+    shutil.copytree(straight, resumed)
+    for step in (14, 21, 24):
+        shutil.rmtree(resumed / "checkpoints" / str(step))
+    assert cli.main(["pretrain", str(config), f"--run.dir={resumed}"]) == 0
+    assert "goes on from step 7" in capsys.readouterr().err
+    found = []
+    for folder in (straight, resumed):
+        assert cli.main(["inspect", str(folder), "--digest", f"--json={folder}.json"]) == 0
+        found.append(json.loads(pathlib.Path(f"{folder}.json").read_text())["digest"])
+    assert found[0] == found[1] and any("sent_G" in name for name in found[0])
+    assert runs.lines(straight / "metrics.jsonl", *runs.NUMBERS) == runs.lines(resumed / "metrics.jsonl", *runs.NUMBERS)
 
 
 @pytest.mark.parametrize(("words", "says"), [
