@@ -28,8 +28,8 @@ MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
               "train.sample.", "train.pipeline", "train.virtual_stages", "optim.lr", "optim.final", "optim.weight_decay",
               "train.split_embedding", "train.inner_steps",
-              "train.outer_lr", "train.outer_momentum", "optim.clip", "optim.zero1", "checkpoint.", "log.", "mesh.",
-              "data.cache", "data.workers", "data.sources.")
+              "train.outer_lr", "train.outer_momentum", "train.mixing", "optim.clip", "optim.zero1", "checkpoint.", "log.",
+              "mesh.", "data.cache", "data.workers", "data.sources.")
 
 
 @contextlib.contextmanager
