@@ -33,10 +33,9 @@ def start_jax(cache: pathlib.Path = CACHE) -> None:
     """
     import jax
 
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
     if jax.config.jax_compilation_cache_dir is not None:  # the caller has chosen another place
+        return
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
         return
     try:
         cache.mkdir(parents=True, exist_ok=True)
