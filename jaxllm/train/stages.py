@@ -11,6 +11,7 @@ from jaxllm.model.heads import cast
 from jaxllm.parallel.context import balance
 from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
 from jaxllm.parallel.schedule import Schedule, make
+from jaxllm.partition import constrain
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.loss import next_token_loss
 from jaxllm.train.step import Objective, micro_key, routers_loss, split
@@ -78,7 +79,11 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
 
     def loss_and_grads(params, batch, key):
         batch = balance(batch, mesh.shape["context"])
-        shared, blocks = apart(cast(params, objective.dtype))
+        # Placed as on any mesh before the stages take them, however they lie between steps (train.split_embedding): from another
+        # placement the compiler would put permutations into the stages' branches.
+        params = jax.tree.map(lambda var: var if var.ndim > len(var.axes) else var.replace(constrain(var[...], *var.axes)),
+                              cast(params, objective.dtype), is_leaf=lambda x: isinstance(x, nnx.Variable))
+        shared, blocks = apart(params)
         key_mL = None
         if key is not None:
             n_units = blocks[0].shape[0]
