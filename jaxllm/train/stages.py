@@ -79,8 +79,8 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
 
     def loss_and_grads(params, batch, key):
         batch = balance(batch, mesh.shape["context"])
-        # Placed as on any mesh before the stages take them, however they lie between steps (train.split_embedding): from another
-        # placement the compiler would put permutations into the stages' branches.
+        # Placed as on any mesh before the stages take them, however they lie between steps (train.split_embedding): otherwise
+        # the compiler would put permutations into the stages' branches.
         params = jax.tree.map(lambda var: var if var.ndim > len(var.axes) else var.replace(constrain(var[...], *var.axes)),
                               cast(params, objective.dtype), is_leaf=lambda x: isinstance(x, nnx.Variable))
         shared, blocks = apart(params)
