@@ -74,20 +74,13 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
     from jaxllm.parallel.context import check_length
     from jaxllm.partition import make_mesh, row_share
-    from jaxllm.train.ahead import ahead, may_be_ahead
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
     from jaxllm.train.loop import train
-    from jaxllm.train.optim import make_optimizer
-    from jaxllm.train.state import build, check_groups
 
     writes, mesh = is_first(), make_mesh(cfg.mesh)
     check_length(cfg.data.seq_len, mesh)
-    check_groups(cfg.train, mesh)
-    train_cfg, optimizer = dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps)
-    program = build(cfg.model, train_cfg, optimizer, mesh, seed=cfg.run.seed)
-    if may_be_ahead(train_cfg, mesh):
-        program = ahead(program, cfg.model, train_cfg, optimizer, place, cfg.processes.timeout)
+    program = _program(cfg, mesh, steps, place)
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)
     rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, *share)
@@ -116,6 +109,20 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
                 raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
             log.say("")
     return _finish(folder, steps, time.perf_counter() - began, writes)
+
+
+def _program(cfg: PretrainConfig, mesh, steps: int, place: Place | None):
+    """Returns the compiled steps; with groups that may be ahead of each other, those of this process's own."""
+    from jaxllm.train.ahead import ahead, may_be_ahead
+    from jaxllm.train.optim import make_optimizer
+    from jaxllm.train.state import build, check_groups
+
+    check_groups(cfg.train, mesh)
+    train_cfg, optimizer = dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps)
+    program = build(cfg.model, train_cfg, optimizer, mesh, seed=cfg.run.seed)
+    if may_be_ahead(train_cfg, mesh):
+        return ahead(program, cfg.model, train_cfg, optimizer, place, cfg.processes.timeout)
+    return program
 
 
 def resolve(cfg: PretrainConfig, tokenizer) -> PretrainConfig:
