@@ -206,12 +206,14 @@ def test_without_a_place_for_compiled_programs_training_goes_on(tmp_path, capsys
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         start_jax(tmp_path / "cache")  # several CPU devices: programs out of the cache may hang there
-        assert jax.config.jax_compilation_cache_dir is None
+        assert jax.config.jax_compilation_cache_dir is None and not jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", True)
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         start_jax(tmp_path / "file" / "cache")
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)
     assert "compiled programs are not kept" in capsys.readouterr().err
 
 
