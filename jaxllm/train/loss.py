@@ -68,13 +68,13 @@ def _forward(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight
             wanted_BCV = jnp.where(parts.is_target(target_BC, logit_BCV.shape[-1]), 1 - smoothing, 0.0) + smoothing / V
             d_logit_BCV = (exp_BCV * share_BC1 - wanted_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
             d_x_BCD = jnp.einsum("BCV,DV->BCD", d_logit_BCV, head_DV)
-            d_head_DV += jnp.einsum("BCD,BCV->DV", x_BCD, d_logit_BCV, preferred_element_type=jnp.float32)
+            d_head_DV += parts.own_width(jnp.einsum("BCD,BCV->DV", x_BCD, d_logit_BCV, preferred_element_type=jnp.float32))
             return (total + jnp.sum(loss_BC * weight_BC), d_head_DV), (d_x_BCD, loss_BC)
 
-        start = jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
+        start = jnp.zeros((), jnp.float32), parts.no_gradient(head_DV)
         arrays = parts.positions(x_BTD), target_BT, weight_BT
         (total, d_head_DV), (d_x_BTD, loss_BT) = _by_chunks(parts.share(chunk), visit, start, *arrays)
-        return parts.over_tokens(total), parts.own_positions(d_x_BTD), parts.own_width(d_head_DV), loss_BT
+        return parts.over_tokens(total), parts.own_positions(d_x_BTD), parts.over_copies(d_head_DV), loss_BT
 
     out = on_vocabulary(local, x_BTD, head_DV, (target_BT, weight_BT), ("total", "x", "head", "tokens"), phases)
     total, d_x_BTD, d_head_DV, loss_BT = out

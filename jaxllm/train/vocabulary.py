@@ -51,10 +51,17 @@ class Parts:
         return by_stages(x, self.of_rows + self.of_targets)
 
     def own_width(self, d_head_DV):
-        """Returns the sum of the head's gradient over all tokens, as the head is split."""
+        """Returns the head's gradient as the head is split: summed over the devices that share its width out."""
         tokens = self.of_rows + self.of_targets
-        d_head_DV = scatter(d_head_DV, 0, self.of_width, tuple(a for a in tokens if a in self.of_width), self.phases)
-        return by_stages(d_head_DV, tuple(a for a in tokens if a not in self.of_width))
+        return scatter(d_head_DV, 0, self.of_width, tuple(a for a in tokens if a in self.of_width), self.phases)
+
+    def no_gradient(self, head_DV):
+        D, V = head_DV.shape
+        return jnp.zeros((D // size(self.of_width), V), jnp.float32)
+
+    def over_copies(self, d_head_DV):
+        """Returns the sum of `own_width`'s over the devices that have the same part."""
+        return by_stages(d_head_DV, tuple(a for a in self.of_rows + self.of_targets if a not in self.of_width))
 
 
 def on_vocabulary(local, x_BTD, head_DV, tokens, returns, phases: tuple = ()):
