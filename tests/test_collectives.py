@@ -66,12 +66,10 @@ def test_between_slices_only_gradients_are_summed_and_only_over_data(mesh):
     assert all(c.times == 1 for c in crossing)
 
 
-def test_the_head_is_gathered_once_and_its_gradient_summed_once():
-    """However many chunks of logits there are, here three: nothing is sent inside of a loop."""
-    found = sent(fsdp=8)
-    assert all(c.times == 1 for c in found)
-    outside = [c.kind for c in found if c.payload == 4 * toy.MODEL.d_model * toy.MODEL.vocab_size and "checkpoint" not in c.source]
-    assert outside.count("reduce-scatter") == 2  # the head's, and the embedding's, which is as large here
+def test_a_chunk_of_logits_sums_the_heads_gradient_and_sends_nothing_else():
+    """There are three chunks here. XLA's CPU compiler gathers the head once before them; on TPU each gathers it."""
+    found = [(c.kind, c.times, c.payload) for c in sent(fsdp=8) if c.times > 1]
+    assert found == [("reduce-scatter", 3, 4 * toy.MODEL.d_model * toy.MODEL.vocab_size)]
 
 
 def test_gains_have_the_gradient_of_every_position_on_every_mesh():

@@ -41,7 +41,8 @@ def token_logps(x_BTD, head_DV, target_BT, *, chunk: int):
 def _summed_loss(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight_BT):
     def local(parts, x_BTD, head_DV, target_BT, weight_BT):
         def visit(total, x_BCD, target_BC, weight_BC):
-            logit_BCV = _logits(x_BCD, head_DV)
+            whole_DV = parts.whole_width(head_DV)
+            logit_BCV = _logits(x_BCD, whole_DV)
             max_BC1 = parts.largest(jnp.max(logit_BCV, axis=-1, keepdims=True))
             sum_BC = jnp.sum(jnp.exp(logit_BCV - max_BC1), axis=-1)
             loss_BC, _ = _losses(parts, logit_BCV, max_BC1, sum_BC, target_BC, z_loss, smoothing)
@@ -59,7 +60,8 @@ def _forward(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight
     def local(parts, x_BTD, head_DV, target_BT, weight_BT):
         def visit(carry, x_BCD, target_BC, weight_BC):
             total, d_head_DV = carry
-            logit_BCV = _logits(x_BCD, head_DV)
+            whole_DV = parts.whole_width(head_DV)
+            logit_BCV = _logits(x_BCD, whole_DV)
             max_BC1 = parts.largest(jnp.max(logit_BCV, axis=-1, keepdims=True))
             exp_BCV = jnp.exp(logit_BCV - max_BC1)
             loss_BC, log_z_BC = _losses(parts, logit_BCV, max_BC1, jnp.sum(exp_BCV, axis=-1), target_BC, z_loss, smoothing)
@@ -67,11 +69,12 @@ def _forward(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight
             share_BC1 = (weight_BC * (1 + 2 * z_loss * log_z_BC) * jnp.exp(max_BC1[..., 0] - log_z_BC))[..., None]
             wanted_BCV = jnp.where(parts.is_target(target_BC, logit_BCV.shape[-1]), 1 - smoothing, 0.0) + smoothing / V
             d_logit_BCV = (exp_BCV * share_BC1 - wanted_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
-            d_x_BCD = jnp.einsum("BCV,DV->BCD", d_logit_BCV, head_DV)
-            d_head_DV += parts.own_width(jnp.einsum("BCD,BCV->DV", x_BCD, d_logit_BCV, preferred_element_type=jnp.float32))
+            d_x_BCD = jnp.einsum("BCV,DV->BCD", d_logit_BCV, whole_DV)
+            d_chunk_DV = jnp.einsum("BCD,BCV->DV", x_BCD, d_logit_BCV, preferred_element_type=jnp.float32)
+            d_head_DV += parts.own_width(d_chunk_DV)
             return (total + jnp.sum(loss_BC * weight_BC), d_head_DV), (d_x_BCD, loss_BC)
 
-        start = jnp.zeros((), jnp.float32), parts.no_gradient(head_DV)
+        start = jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
         arrays = parts.positions(x_BTD), target_BT, weight_BT
         (total, d_head_DV), (d_x_BTD, loss_BT) = _by_chunks(parts.share(chunk), visit, start, *arrays)
         return parts.over_tokens(total), parts.own_positions(d_x_BTD), parts.over_copies(d_head_DV), loss_BT

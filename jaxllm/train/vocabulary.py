@@ -4,6 +4,7 @@ B batch, T position, D width, V vocabulary.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +51,17 @@ class Parts:
     def over_tokens(self, x):
         return by_stages(x, self.of_rows + self.of_targets)
 
-    def own_width(self, d_head_DV):
-        """Returns the head's gradient as the head is split: summed over the devices that share its width out."""
-        tokens = self.of_rows + self.of_targets
-        return scatter(d_head_DV, 0, self.of_width, tuple(a for a in tokens if a in self.of_width), self.phases)
+    def whole_width(self, head_DV):
+        return jax.lax.all_gather(head_DV, self.of_width, axis=0, tiled=True) if self.of_width else head_DV
 
-    def no_gradient(self, head_DV):
-        D, V = head_DV.shape
-        return jnp.zeros((D // size(self.of_width), V), jnp.float32)
+    def own_width(self, d_head_DV):
+        """Returns a chunk's gradient as the head is split: summed over the devices that share its width out."""
+        if not self.of_width:
+            return d_head_DV
+        tokens = self.of_rows + self.of_targets
+        d_head_DV = scatter(d_head_DV, 0, self.of_width, tuple(a for a in tokens if a in self.of_width), self.phases)
+        # Without a barrier the compiler sums once, after the last chunk, and keeps the whole width until then.
+        return jax.lax.optimization_barrier(d_head_DV)
 
     def over_copies(self, d_head_DV):
         """Returns the sum of `own_width`'s over the devices that have the same part."""
@@ -65,8 +69,8 @@ class Parts:
 
 
 def on_vocabulary(local, x_BTD, head_DV, tokens, returns, phases: tuple = ()):
-    """Returns `local(parts, x_BTD, head_DV, *tokens)` run by every device on its part: the head whole in width, x at the
-    positions of its own stream. `returns` names what comes back: total, x, head or tokens."""
+    """Returns `local(parts, x_BTD, head_DV, *tokens)` run by every device on its part of each; `returns` names what comes
+    back: total, x, head or tokens."""
     if not free_axes():
         return local(Parts(head_DV.shape[1]), x_BTD, head_DV, *tokens)
     x_axes, t_axes = kept(x_BTD.shape, "batch", stream(), "act"), kept(tokens[0].shape, "batch", "seq")
@@ -75,14 +79,9 @@ def on_vocabulary(local, x_BTD, head_DV, tokens, returns, phases: tuple = ()):
                   phases)
     specs = {"total": placed([]), "x": placed(x_axes), "head": placed(head_axes), "tokens": placed(t_axes)}
 
-    def run(x_BTD, head_DV, *tokens):
-        if parts.of_width:
-            head_DV = jax.lax.all_gather(head_DV, parts.of_width, axis=0, tiled=True)
-        return local(parts, x_BTD, head_DV, *tokens)
-
     out = tuple(specs[name] for name in returns)
-    return on_parts(run, (specs["x"], specs["head"], *[specs["tokens"]] * len(tokens)), out if len(out) > 1 else out[0])(
-        x_BTD, head_DV, *tokens)
+    given = specs["x"], specs["head"], *[specs["tokens"]] * len(tokens)
+    return on_parts(partial(local, parts), given, out if len(out) > 1 else out[0])(x_BTD, head_DV, *tokens)
 
 
 def summed(weight_BT):
