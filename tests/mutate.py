@@ -164,7 +164,7 @@ FAULTS = [
     Fault("what layers add to the loss has no gradient", "jaxllm/parallel/pipeline.py", "dx_BTD = pull((g_BTD, jnp.ones_like(extra)))",
           "dx_BTD = pull((g_BTD, jnp.zeros_like(extra)))", "tests/test_pipeline.py -k 'add_to_the_loss and not zero_bubble'"),
     Fault("every micro-batch of a pipeline has one dropout key", "jaxllm/train/stages.py", "micro_key(key, i, m)", "micro_key(key, 0, m)",
-          "tests/test_pipeline.py -m 'not slow' -k dropout"),
+          "tests/test_pipeline.py -k 'dropout and fsdp'"),
     Fault("weight parts are all left for the end", "jaxllm/parallel/schedule.py", "            if i >= s:\n                order.append(Op(WEIGHT, i - s, 0))\n",
           "", "tests/test_schedule.py"),
     Fault("1F1B runs one forward too far ahead", "jaxllm/parallel/schedule.py", "ahead = p - 1 - s if v == 1", "ahead = p - s if v == 1",
