@@ -28,6 +28,8 @@ class Verb:
 VERBS = {
     "tokenizer": Verb("jaxllm.data.config:TokenizerVerb", "jaxllm.data.tokenizer:main", "tokenizer CONFIG.yaml",
                       "train a SentencePiece tokenizer and report on it"),
+    "data": Verb("jaxllm.data.pipeline_config:DataVerb", "jaxllm.data.pipeline:main", "data CONFIG.yaml",
+                 "clean, filter, deduplicate and mix raw text; say what was dropped and why"),
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
     "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.verb:main", "generate RUN --prompt=TEXT",

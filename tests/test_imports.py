@@ -12,7 +12,7 @@ BASE = {"errors", "config", "mesh", "hardware", "platform", "__init__"}
 MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
     **dict.fromkeys(BASE, BASE),
     "partition": BASE,
-    "data": BASE,
+    "data": BASE | {"report"},
     "model": BASE | {"partition"},
     "parallel": BASE | {"partition", "model"},
     "report": BASE,
