@@ -143,6 +143,14 @@ FAULTS = [
           "tests/test_plan_compile.py -k by_hand"),
     Fault("the front keeps what is beaten", "jaxllm/plan/fit.py", 'r["fits"] and not beaten(r)', 'r["fits"]',
           "tests/test_plan_compile.py -k front"),
+    Fault("a full group's part is lost", "jaxllm/data/mixture.py", "left = max(total - amount[~is_open].sum(), 0.0)",
+          "left = total * share[is_open].sum() / share.sum()", "tests/test_data_mixture.py -k unimax"),
+    Fault("a copy hangs on the document's place", "jaxllm/data/mixture.py", "chance(ids[i], cfg.seed)", "chance(str(i), cfg.seed)",
+          "tests/test_data_mixture.py -k place"),
+    Fault("the cap is forgotten inside a group", "jaxllm/data/mixture.py", "fill(wanted_N[inside], most_N[inside], amount)",
+          "fill(wanted_N[inside], np.inf * most_N[inside], amount)", "tests/test_data_mixture.py -k cap"),
+    Fault("a first pass counts as a repeat", "jaxllm/data/mixture.py", "math.expm1(-(epochs - 1) / R_D_STAR)",
+          "math.expm1(-epochs / R_D_STAR)", "tests/test_data_mixture.py -k law"),
 ]
 
 
