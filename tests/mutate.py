@@ -151,6 +151,22 @@ FAULTS = [
           "fill(wanted_N[inside], np.inf * most_N[inside], amount)", "tests/test_data_mixture.py -k cap"),
     Fault("a first pass counts as a repeat", "jaxllm/data/mixture.py", "math.expm1(-(epochs - 1) / R_D_STAR)",
           "math.expm1(-epochs / R_D_STAR)", "tests/test_data_mixture.py -k law"),
+    Fault("strata weigh as their samples", "jaxllm/data/review/estimate.py", "share = sum(s.population / total * s.bad / s.judged for s in judged)",
+          "share = sum(s.bad for s in judged) / sum(s.judged for s in judged)", "tests/test_data_review.py -k 'weighs or truth'"),
+    Fault("labels of one expert count as agreement", "jaxllm/data/review/agreement.py", "pairable_U = m_U >= 2", "pairable_U = m_U >= 1",
+          "tests/test_data_review.py -k krippendorff"),
+    Fault("a sample without bad documents proves there are none", "jaxllm/data/review/estimate.py", "rng.beta(p * n + 0.5, (1 - p) * n + 0.5, DRAWS)",
+          "rng.beta(p * n + 1e-9, (1 - p) * n + 1e-9, DRAWS)", "tests/test_data_review.py -k 'proof or truth'"),
+    Fault("letters of a note are labels", "jaxllm/data/review/page.html", "document.activeElement.tagName) || !expert) return;",
+          "'') || !expert) return;", "tests/test_data_review.py -k browser"),
+    Fault("a page's markup is taken for ours", "jaxllm/data/review/page.html", "node.textContent = text;", "node.innerHTML = text;",
+          "tests/test_data_review.py -k 'browser or elsewhere'"),
+    Fault("labels are written in place", "jaxllm/data/review/labels.py", 'part = self.path.with_name(self.path.name + ".part")\n        with writing(self.path)',
+          "part = self.path\n        with writing(self.path)", "tests/test_data_review.py -k full_disk"),
+    Fault("any site may send labels", "jaxllm/data/review/serve.py", 'origin.removeprefix("http://") in hosts', "True",
+          "tests/test_data_review.py -k machines"),
+    Fault("the near ones are not drawn apart", "jaxllm/data/review/sample.py", "bool(abs(value - threshold) <= reach)",
+          "bool(abs(value - threshold) > reach)", "tests/test_data_review.py -k near"),
 ]
 
 

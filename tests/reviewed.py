@@ -22,14 +22,17 @@ def write_folder(folder: pathlib.Path, n: int = 400, seed: int = 0) -> pathlib.P
         doc, length = f"{source}-{i}", int(rng.integers(10, 40)) if bad else int(rng.integers(45, 400))
         caught = rng.random() < (0.8 if bad else 0.04)
         if caught:
-            removed.append({"id": doc, "source": source, "stage": "filter", "rule": "gopher.word_count", "value": length, "duplicate_of": None})
+            removed.append({"id": doc, "source": source, "stage": "filter", "rule": "gopher.min_words", "value": length})
             texts.append({"id": doc, "text": text})
         else:
-            kept.append({"id": doc, "source": source, "text": text, "quality": round(float(rng.random()), 3)})
+            kept.append({"id": doc, "source": source, "text": text, "meta": {"quality_score": round(float(rng.random()), 3)}})
     for i in range(12):
         removed.append({"id": f"copy-{i}", "source": "web", "stage": "dedup", "rule": "minhash", "value": 0.9, "duplicate_of": kept[i]["id"]})
         texts.append({"id": f"copy-{i}", "text": kept[i]["text"] + " (copy)"})
-    removed.append({"id": "mixed-out", "source": "web", "stage": "mix", "rule": "share", "value": 0.4, "duplicate_of": None})
+    kept.append(kept[0] | {"id": kept[0]["id"] + "#copy2"})
+    removed.append({"id": "mixed-out", "source": "web", "stage": "mix", "rule": "share", "value": 0.4})
+    removed.append({"id": "empty", "source": "web", "stage": "extract", "rule": "nothing_left", "value": None})
+    texts.append({"id": "empty", "text": " "})
     for name, rows in (("documents/part-00000.jsonl.zst", kept), ("removed-text/part-00000.jsonl.zst", texts)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))

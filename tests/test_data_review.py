@@ -23,7 +23,7 @@ from jaxllm.data.review.config import ReviewVerb
 from jaxllm.data.review.estimate import Stratum
 from jaxllm.data.review.labels import Label, Labels, export, take
 from jaxllm.data.review.results import results, verdicts
-from jaxllm.data.review.sample import Item, Sample, draw, lines, nearness, open_sample
+from jaxllm.data.review.sample import Item, Sample, draw, limit, lines, nearness, open_sample, rows
 from jaxllm.data.review.serve import Review, make_server
 from jaxllm.errors import RunError, UserError
 
@@ -152,8 +152,8 @@ def cfg_of(folder, **settings):
 
 def test_the_sample_has_every_stratum_and_its_true_size(folder):
     sample = draw(folder, cfg_of(folder, per_stratum=8))
-    removed = [row for row in lines(folder / "removed.jsonl") if row["stage"] != "mix"]
-    kept = list(lines(folder / "documents"))
+    removed = [row for row in lines(folder / "removed.jsonl") if row["stage"] in ("filter", "dedup")]  # with a text to judge
+    kept = [row for row in rows(folder / "documents") if "#copy" not in row["id"]]
     assert sum(sample.population.values()) == len(removed) + len(kept)
     for name, population in sample.population.items():
         source, decision = name.split(" | ")[:2]
@@ -171,49 +171,66 @@ def test_near_is_near_the_threshold(folder):
     near = nearness(values, 0.2, None)
     assert [near(v) for v in values] == [True, True] + [False] * 8
     assert [nearness(values, 0.2, 0)(v) for v in (1, 5, 49)] == [True, True, False]
+    assert [limit(rule, [0.2, 0.9]) for rule in ("min_words", "max_words", "words")] == [0.9, 0.2, None]
     assert not nearness(np.ones(20), 0.2, None)(1.0)
     assert not nearness(np.full(20, np.nan), 0.2, None)("x")
-    sample = draw(folder, cfg_of(folder, thresholds={"word_count": 0}))
-    web = [i for i in sample.items if i.decision == "filter/gopher.word_count" and i.source == "web"]
+    sample = draw(folder, cfg_of(folder, thresholds={"min_words": 0}))
+    web = [i for i in sample.items if i.decision == "filter/gopher.min_words" and i.source == "web"]
     assert max(i.value for i in web if i.near) < min(i.value for i in web if not i.near)
+    web = [i for i in draw(folder, cfg_of(folder)).items if i.decision == "filter/gopher.min_words" and i.source == "web"]
+    assert min(i.value for i in web if i.near) > max(i.value for i in web if not i.near)
+    kept = [i for i in sample.items if i.decision == "kept" and i.source == "web"]
+    assert max(i.value for i in kept if i.near) < min(i.value for i in kept if not i.near)
 
 
 def test_the_sample_does_not_depend_on_the_order_of_the_files(folder, tmp_path):
-    rows = list(lines(folder / "documents"))[::-1]
+    documents = list(rows(folder / "documents"))[::-1]
     for path in ("removed.jsonl", "manifest.json"):
         (tmp_path / path).write_bytes((folder / path).read_bytes())
     (tmp_path / "removed-text").symlink_to(folder / "removed-text")
     (tmp_path / "documents").mkdir()
-    for n, part in enumerate((rows[:50], rows[50:])):
+    for n, part in enumerate((documents[:50], documents[50:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (tmp_path / f"documents/part-0000{n}.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
     assert draw(tmp_path, cfg_of(folder)).items == draw(folder, cfg_of(folder)).items
     assert draw(folder, cfg_of(folder, seed=1)).items != draw(folder, cfg_of(folder)).items
 
 
+def test_parquet_gives_the_same_sample(folder, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for path in ("removed.jsonl", "manifest.json"):
+        (tmp_path / path).write_bytes((folder / path).read_bytes())
+    (tmp_path / "removed-text").symlink_to(folder / "removed-text")
+    (tmp_path / "documents").mkdir()
+    table = [row | {"meta": json.dumps(row["meta"])} for row in rows(folder / "documents")]
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "documents/part-00000.parquet")
+    assert draw(tmp_path, cfg_of(folder)) == draw(folder, cfg_of(folder))
+
+
 def test_labels_of_everything_give_the_truth_itself(folder, tmp_path):
     cfg = cfg_of(folder, per_stratum=10_000)
     sample, labels = draw(folder, cfg), Labels(tmp_path / "labels.csv")
     labels.put({(item.id, "ada"): Label("drop" if "BAD" in item.text else "keep") for item in sample.items})
-    rows = {row["decision"]: row for row in results(sample, labels, cfg)["filters"]}
+    told = {row["decision"]: row for row in results(sample, labels, cfg)["filters"]}
     bad = {where: sum("BAD" in i.text for i in sample.items if (i.decision == "kept") == (where == "kept") and not i.duplicate_of) for where in ("kept", "removed")}
-    n = sum(i.decision == "filter/gopher.word_count" for i in sample.items)
-    rule = rows["filter/gopher.word_count"]
+    n = sum(i.decision == "filter/gopher.min_words" for i in sample.items)
+    rule = told["filter/gopher.min_words"]
     assert rule["precision"] == pytest.approx([bad["removed"] / n] * 3)
     assert rule["recall"] == pytest.approx([bad["removed"] / sum(bad.values())] * 3)
-    assert rows["kept"]["share_bad"] == pytest.approx([bad["kept"] / rows["kept"]["kept"]] * 3)
-    assert "recall" not in rows["dedup/minhash"]  # a copy is no bad text
+    assert told["kept"]["share_bad"] == pytest.approx([bad["kept"] / told["kept"]["kept"]] * 3)
+    assert "recall" not in told["dedup/minhash"]  # a copy is no bad text
 
 
 def test_a_sample_of_labels_comes_near_the_truth(folder, tmp_path):
     cfg = cfg_of(folder)
     sample, labels = draw(folder, cfg), Labels(tmp_path / "labels.csv")
     labels.put({(item.id, "ada"): Label("drop" if "BAD" in item.text else "keep") for item in sample.items})
-    rows = {row["decision"]: row for row in results(sample, labels, cfg)["filters"]}
-    text = {row["id"]: row["text"] for row in lines(folder / "removed-text")}
+    told = {row["decision"]: row for row in results(sample, labels, cfg)["filters"]}
+    text = {row["id"]: row["text"] for row in rows(folder / "removed-text")}
     removed = [text[r["id"]] for r in lines(folder / "removed.jsonl") if r["stage"] == "filter"]
-    caught, missed = sum("BAD" in t for t in removed), sum("BAD" in r["text"] for r in lines(folder / "documents"))
-    rule = rows["filter/gopher.word_count"]
+    caught, missed = sum("BAD" in t for t in removed), sum("BAD" in r["text"] for r in rows(folder / "documents") if "#copy" not in r["id"])
+    rule = told["filter/gopher.min_words"]
     assert rule["precision"].low <= caught / len(removed) <= rule["precision"].high
     assert rule["recall"].low <= caught / (caught + missed) <= rule["recall"].high
     assert rule["recall"].high - rule["recall"].low < 0.5
@@ -323,6 +340,8 @@ def test_the_verb_serves_until_it_is_interrupted(folder, tmp_path):
         port = int(re.search(r"http://127.0.0.1:(\d+)/", process.stdout.readline())[1])
         item = json.loads(asked(port, "GET", "/api/item?n=0&expert=ada")[1])
         assert asked(port, "POST", "/api/label", {"id": item["id"], "expert": "ada", "label": "keep"})[0] == 200
+        second = subprocess.run([*command, "--serve=false"], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert second.returncode == 2 and "another `jaxllm data review` serves it" in second.stderr
         process.send_signal(signal.SIGINT)
         told, wrong = process.communicate(timeout=30)
     assert process.returncode == 0 and "labelled, 1 decided, by 1 expert" in told and not wrong
@@ -380,7 +399,7 @@ def test_only_this_machines_page_is_answered(served):
 def test_experts_are_not_told_what_the_filter_said(served):
     review, port = served
     text = "".join(asked(port, "GET", f"/api/item?n={n}&expert=ada")[1] for n in range(len(review.sample.items)))
-    assert "word_count" not in text and "kept" not in text
+    assert "min_words" not in text and "kept" not in text
 
 
 def test_enough_labels_are_enough_and_the_adjudicator_sees_disagreements(served):
@@ -417,8 +436,8 @@ def test_labelling_in_a_browser(served, tmp_path):
         for key in "12n":
             page.press(key)
         page.wait("document.activeElement.id === 'note'")
-        page.type("kid")  # letters in a note are no labels
-        page.press("Escape")
+        for key in ("k", "i", "d", "Escape"):  # letters in a note are no labels
+            page.press(key)
         page.press("d")
         page.wait("item.n === 1")
         saved = review.labels.by[review.sample.items[0].id, "Ada L."]
@@ -458,7 +477,7 @@ def test_labelling_in_a_browser(served, tmp_path):
         page.press("r")
         page.wait("document.querySelector('#results [data-open]')")
         told = page.evaluate("document.getElementById('results').innerText")
-        assert "Krippendorff's alpha" in told and "filter/gopher.word_count" in told and "proposed weight" in told
+        assert "Krippendorff's alpha" in told and "filter/gopher.min_words" in told and "proposed weight" in told
         page.evaluate("document.querySelector('[data-open=\"1\"]').click()")
         page.wait("!document.getElementById('label').hidden && item.n === 1")
         # a phone: everything within the width, the buttons in sight

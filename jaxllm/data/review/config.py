@@ -12,12 +12,12 @@ class ReviewVerb:
     per_stratum: int = 20  # documents drawn of each source and decision, near the threshold and away from it
     near: float = 0.2  # share of a decision's documents that counts as near its threshold
     # where a rule's limit lies, by the last part of its name (word_count for gopher.word_count); not given: the end of its
-    # values at which they crowd
+    # values that its name tells (min_…, max_…), or at which they crowd
     thresholds: dict[str, float] = field(default_factory=dict)
-    score: str = "quality"  # number in kept documents' metadata, whose lowest values count as near a threshold
+    score: str = "quality_score"  # number in kept documents' metadata, whose lowest values count as near a threshold
     only: tuple[str, ...] = ()  # stages, or stage/rule, whose removals are reviewed; none: all
-    skip: tuple[str, ...] = ("mix",)  # stages that drop documents for other reasons than what is in them
-    max_chars: int = 20_000  # longer documents are shown and exported up to here
+    skip: tuple[str, ...] = ("read", "mix")  # stages that drop documents for other reasons than what is in them
+    max_chars: int = 4000  # longer documents are shown and exported up to here
     seed: int = 0  # of the draw and the order
     guidelines: str | None = None  # a text file, shown to the experts; null: what jaxllm says
     reasons: tuple[str, ...] = REASONS  # why a document should go, for the experts to tick (nine at most)

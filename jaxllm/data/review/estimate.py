@@ -14,11 +14,12 @@ import numpy as np
 from jaxllm.data.review.agreement import Estimate
 
 DRAWS = 20_000
+KEPT = "kept"  # the decision of documents that no rule removed
 
 
 class Stratum(NamedTuple):
     source: str
-    decision: str  # "kept", or the stage and rule that removed it
+    decision: str  # KEPT, or the stage and rule that removed it
     population: int
     judged: int
     bad: int
@@ -63,8 +64,10 @@ def recall(strata: Sequence[Stratum], caught: set[str], confidence: float, seed:
     for decision in sorted({s.decision for s in strata}):
         mine = [s for s in strata if s.decision == decision]
         p, n = pooled(mine)
-        if p is None:
+        if p is None and (decision == KEPT or caught == {decision}):
             return Estimate(None)
+        if p is None:  # of such a rule nothing is known yet: left out
+            continue
         p = p if bad else 1 - p
         population = sum(s.population for s in mine)
         share.append(population * p)
@@ -72,7 +75,7 @@ def recall(strata: Sequence[Stratum], caught: set[str], confidence: float, seed:
         drawn.append(population * (np.full(DRAWS, p) if exact else rng.beta(p * n + 0.5, (1 - p) * n + 0.5, DRAWS)))
         inside.append(decision in caught)
     share, drawn, inside = np.array(share), np.array(drawn), np.array(inside, bool)
-    if not len(share) or not share.sum():
+    if not inside.any() or not share.sum():
         return Estimate(None)
     value = share[inside].sum() / share.sum()
     ratio = drawn[inside].sum(0) / np.maximum(drawn.sum(0), 1e-300)
@@ -86,7 +89,7 @@ def source_weights(strata: Sequence[Stratum], kept_bytes: dict[str, int], confid
     The weight is the source's share of good text. A source whose interval holds the share of all of them cannot be told
     from the rest, and counts as them: labels that are few change nothing.
     """
-    kept = [s for s in strata if s.decision == "kept"]
+    kept = [s for s in strata if s.decision == KEPT]
     overall, _ = pooled(kept)
     if overall is None:
         return []

@@ -4,8 +4,9 @@ import collections
 
 from jaxllm.data.review import agreement, estimate
 from jaxllm.data.review.config import ReviewVerb
+from jaxllm.data.review.estimate import KEPT
 from jaxllm.data.review.labels import LABELS, Labels
-from jaxllm.data.review.sample import KEPT, Sample
+from jaxllm.data.review.sample import Sample
 
 
 def verdicts(labels: dict[str, dict[str, str]], adjudicator: str) -> dict[str, bool]:

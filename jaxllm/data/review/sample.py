@@ -16,11 +16,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxllm.data.review.config import ReviewVerb
-from jaxllm.data.review.estimate import Stratum
+from jaxllm.data.review.estimate import KEPT, Stratum
 from jaxllm.data.streams import Stream
 from jaxllm.errors import UserError, writing
 
-KEPT = "kept"
 SETTINGS = ("per_stratum", "near", "thresholds", "score", "only", "skip", "max_chars", "seed")  # that the sample depends on
 
 
@@ -108,10 +107,6 @@ def draw(folder: pathlib.Path, cfg: ReviewVerb) -> Sample:
     items, population = removed_items(folder, cfg)
     wanted = {item.duplicate_of for item in items if item.duplicate_of}
     kept, kept_population, others, kept_bytes = kept_items(folder, cfg, wanted)
-    texts = {item.id: item for item in items}
-    for line in lines(folder / "removed-text"):
-        if line["id"] in texts:
-            texts[line["id"]].text = cut(line["text"], cfg.max_chars)
     for item in items:
         item.other = others.get(item.duplicate_of)
     items = sorted(items + kept, key=lambda item: chance(item.id, cfg.seed + 1))
@@ -121,8 +116,12 @@ def draw(folder: pathlib.Path, cfg: ReviewVerb) -> Sample:
 
 
 def removed_items(folder: pathlib.Path, cfg: ReviewVerb) -> tuple[list[Item], dict[str, int]]:
-    """Returns documents drawn of each source and rule, without their texts, and how many there are of each stratum."""
-    shown = {line["id"] for line in lines(folder / "removed-text")}
+    """Returns documents drawn of each source and rule, and how many there are of each stratum.
+
+    The texts are the samples of removed text that the data run kept, of each rule those whose ids hash lowest. A rule without
+    any, or whose documents were empty, cannot be reviewed, and is left out.
+    """
+    text = {line["id"]: cut(line["text"], cfg.max_chars) for line in rows(folder / "removed-text") if line["text"].strip()}
     values, candidates = collections.defaultdict(list), collections.defaultdict(list)
     for line in lines(folder / "removed.jsonl"):
         decision = f"{line['stage']}/{line['rule']}"
@@ -130,22 +129,32 @@ def removed_items(folder: pathlib.Path, cfg: ReviewVerb) -> tuple[list[Item], di
             continue
         value, key = line.get("value"), (line["source"], decision)
         values[key].append(float(value) if isinstance(value, (int, float)) else np.nan)
-        if line["id"] in shown:
+        if line["id"] in text:
             candidates[key].append((chance(line["id"], cfg.seed), line["id"], value, line.get("duplicate_of")))
     items, population = [], {}
     for (source, decision), value_N in values.items():
-        is_near = nearness(np.array(value_N), cfg.near, cfg.thresholds.get(re.split(r"[./]", decision)[-1]))
+        if not candidates[source, decision]:
+            continue
+        rule = re.split(r"[./]", decision)[-1]
+        is_near = nearness(np.array(value_N), cfg.near, cfg.thresholds.get(rule, limit(rule, value_N)))
         drawn = collections.Counter()
         for _, doc, value, duplicate_of in sorted(candidates[source, decision], key=lambda c: c[:2]):
             near = is_near(value)
             if drawn[near] < cfg.per_stratum:
                 drawn[near] += 1
-                items.append(Item(doc, source, decision, near, value, duplicate_of=duplicate_of))
+                items.append(Item(doc, source, decision, near, value, text[doc], duplicate_of))
         n_near = sum(map(is_near, value_N))
         for near, n in ((True, n_near), (False, len(value_N) - n_near)):
             if n:
                 population[Item("", source, decision, near).stratum] = n
     return items, population
+
+
+def limit(rule: str, value_N: list[float]) -> float | None:
+    """Returns where a rule's limit lies by its name: at the largest of the values that were too small, or the reverse."""
+    known = [v for v in value_N if not np.isnan(v)]
+    end = {"min_": max, "max_": min}.get(rule[:4])
+    return end(known) if end and known else None
 
 
 def nearness(value_N: np.ndarray, part: float, threshold: float | None):
@@ -169,16 +178,19 @@ def nearness(value_N: np.ndarray, part: float, threshold: float | None):
 def kept_items(folder: pathlib.Path, cfg: ReviewVerb, wanted: set[str]):
     """Returns documents drawn of each source, the strata's sizes, the texts of the wanted ids, and each source's bytes.
 
-    One pass: of each source so many are held that the lowest scores among them are enough.
+    One pass: of each source so many are held that the lowest scores among them are enough. Further copies of a document
+    count for the bytes alone.
     """
     hold = int(cfg.per_stratum * max(2, 1.5 / cfg.near if cfg.near else 0)) + 1
     held, scores, others, n_bytes = collections.defaultdict(list), collections.defaultdict(list), {}, collections.Counter()
-    for line in lines(folder / "documents"):
+    for line in rows(folder / "documents"):
         source, text = line["source"], line["text"]
-        score = line.get(cfg.score, line.get("meta", {}).get(cfg.score) if isinstance(line.get("meta"), dict) else None)
-        score = float(score) if isinstance(score, (int, float)) and not isinstance(score, bool) else np.nan
-        scores[source].append(score)
         n_bytes[source] += len(text.encode("utf-8", "surrogatepass"))
+        if re.search(r"#copy\d+$", line["id"]):
+            continue
+        score = (line.get("meta") or {}).get(cfg.score)
+        score = float(score) if isinstance(score, (int, float)) else np.nan
+        scores[source].append(score)
         if line["id"] in wanted:
             others[line["id"]] = cut(text, cfg.max_chars)
         entry = (-chance(line["id"], cfg.seed), line["id"], score, cut(text, cfg.max_chars))
@@ -208,25 +220,44 @@ def chance(doc: str, seed: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}\n[… {len(text) - limit:,} more characters]"
+def cut(text: str, most: int) -> str:
+    return text if len(text) < most else f"{text[:most]}\n[…]"
 
 
-def lines(path: pathlib.Path) -> Iterator[dict]:
-    """Yields the objects of a .jsonl or .jsonl.zst file, or of all of a folder's; none where there is no such path."""
-    files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path] if path.exists() else []
-    for file in files:
-        if file.name.endswith(".part"):
-            continue
-        with Stream(file) as stream:
-            rest, number = b"", 0
-            while chunk := stream.read(1 << 20):
-                *whole, rest = (rest + chunk).split(b"\n")
-                for line in whole:
-                    number += 1
-                    yield _object(line, f"{file}:{number}")
-            if rest:
-                yield _object(rest, f"{file}:{number + 1}")
+def rows(folder: pathlib.Path) -> Iterator[dict]:
+    """Yields the documents of a folder of .jsonl.zst or .parquet files; none where there is no such folder."""
+    for file in sorted(p for p in folder.glob("*") if p.name.endswith((".jsonl", ".jsonl.zst", ".parquet"))):
+        yield from (_parquet(file) if file.suffix == ".parquet" else lines(file))
+
+
+def _parquet(file: pathlib.Path) -> Iterator[dict]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise UserError(f"{file}: reading Parquet needs pyarrow: pip install 'jaxllm[parquet]'") from None
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                yield row | {"meta": json.loads(row["meta"]) if row.get("meta") else {}}
+    except (ArrowException, OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read as Parquet: {str(e).splitlines()[0]}") from None
+
+
+def lines(file: pathlib.Path) -> Iterator[dict]:
+    """Yields the objects of a .jsonl or .jsonl.zst file; none where there is no such file."""
+    if not file.exists():
+        return
+    with Stream(file) as stream:
+        held, number = [], 0
+        while chunk := stream.read(1 << 20):
+            first, *whole = chunk.split(b"\n")
+            held.append(first)
+            for line in whole:  # a long line is put together once, when it ends
+                number += 1
+                yield _object(b"".join(held), f"{file}:{number}")
+                held = [line]
+        if any(held):
+            yield _object(b"".join(held), f"{file}:{number + 1}")
 
 
 def _object(line: bytes, where: str) -> dict:

@@ -1,5 +1,7 @@
 """`jaxllm data review FOLDER`: draws the sample, serves the page, takes and gives CSV, tells what the labels say."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
 
@@ -7,7 +9,7 @@ from jaxllm.data.review import labels as labels_file
 from jaxllm.data.review.config import ReviewVerb
 from jaxllm.data.review.labels import Labels, check_name
 from jaxllm.data.review.results import results, told
-from jaxllm.data.review.sample import open_sample, write_whole
+from jaxllm.data.review.sample import manifest_bytes, open_sample, write_whole
 from jaxllm.data.review.serve import Review, make_server
 from jaxllm.errors import UserError, writing
 
@@ -20,6 +22,27 @@ def main(cfg: ReviewVerb) -> dict:
         raise UserError("export_csv and import_csv: give one of them")
     if cfg.expert:
         check_name(cfg.expert, "expert")
+    with writing(output):
+        manifest_bytes(folder)  # before anything is made in a folder that is none of ours
+        output.mkdir(parents=True, exist_ok=True)
+    with alone_in(output):
+        return _review(cfg, folder, output)
+
+
+@contextlib.contextmanager
+def alone_in(output: pathlib.Path):
+    """Holds the folder for this process, as a second one would write over the first one's labels. A kill frees it."""
+    with writing(output):
+        lock = (output / "review.lock").open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{output}: another `jaxllm data review` serves it; stop that one first") from None
+        yield
+
+
+def _review(cfg: ReviewVerb, folder: pathlib.Path, output: pathlib.Path) -> dict:
     sample = open_sample(folder, output, cfg)
     labels = Labels(output / "labels.csv")
     if cfg.export_csv:
