@@ -118,15 +118,16 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     truth = (n_bad["web", "f"] + n_bad["books", "f"]) / 450, sum(v for (_, d), v in n_bad.items() if d == "f") / sum(n_bad.values())
     for i in range(150):
         strata = [Stratum(*key, n, 30, int(rng.hypergeometric(n_bad[key], n - n_bad[key], 30))) for key, (n, _) in shape.items()]
-        precision, recall = estimate.share_bad(strata[:2], 0.95), estimate.recall(strata, {"f"}, 0.95, i)
+        precision, recall = estimate.share_bad(strata[:2], 0.95), estimate.recall(estimate.amounts(strata, i), {"f"}, 0.95)
         hits += precision.low <= truth[0] <= precision.high, recall.low <= truth[1] <= recall.high, recall.low <= recall.value <= recall.high
     assert hits[0] >= 132 and hits[1] >= 132 and hits[2] == 150  # 95 % of 150 is 142; fewer than 132 has a chance below 0.1 %
 
 
 def test_no_bad_document_in_a_sample_is_no_proof_that_there_is_none():
     strata = [Stratum("a", "f", 100, 20, 20), Stratum("a", "kept", 100_000, 20, 0)]
-    found = estimate.recall(strata, {"f"}, 0.95, 0)
+    found = estimate.recall(estimate.amounts(strata, 0), {"f"}, 0.95)
     assert found.value == 1 and found.high == 1 and found.low < 0.1
+    assert estimate.recall(estimate.amounts(strata[:1], 0), {"f"}, 0.95).value is None  # nothing kept was judged
 
 
 def test_a_source_is_weighed_by_its_good_text_once_that_is_known():
@@ -151,7 +152,7 @@ def cfg_of(folder, **settings):
 
 
 def test_the_sample_has_every_stratum_and_its_true_size(folder):
-    sample = draw(folder, cfg_of(folder, per_stratum=8))
+    sample = draw(folder, cfg_of(folder, per_rule=8, per_kept=12))
     removed = [row for row in lines(folder / "removed.jsonl") if row["stage"] in ("filter", "dedup")]  # with a text to judge
     kept = [row for row in rows(folder / "documents") if "#copy" not in row["id"]]
     assert sum(sample.population.values()) == len(removed) + len(kept)
@@ -160,10 +161,17 @@ def test_the_sample_has_every_stratum_and_its_true_size(folder):
         there = [r for r in removed if (r["source"], f"{r['stage']}/{r['rule']}") == (source, decision)] if decision != "kept" else \
             [r for r in kept if r["source"] == source]
         assert population <= len(there)
-        assert len([i for i in sample.items if i.stratum == name]) == min(8, population), name
+        assert len([i for i in sample.items if i.stratum == name]) == min(12 if decision == "kept" else 8, population), name
     assert all(item.text for item in sample.items) and len({item.id for item in sample.items}) == len(sample.items)
     copies = [item for item in sample.items if item.duplicate_of]
     assert copies and all(item.text == item.other + " (copy)" for item in copies)
+
+
+def test_the_sample_shrinks_to_what_can_be_labelled(folder):
+    full, small, least = (draw(folder, cfg_of(folder, documents=n)) for n in (600, 60, 1))
+    assert {i.id for i in small.items} < {i.id for i in full.items} and 50 <= len(small.items) <= 60
+    assert small.population == full.population and {i.stratum for i in small.items} == set(full.population)
+    assert len(least.items) == len(least.population)  # one of each
 
 
 def test_near_is_near_the_threshold(folder):
@@ -209,7 +217,7 @@ def test_parquet_gives_the_same_sample(folder, tmp_path):
 
 
 def test_labels_of_everything_give_the_truth_itself(folder, tmp_path):
-    cfg = cfg_of(folder, per_stratum=10_000)
+    cfg = cfg_of(folder, per_rule=10_000, per_kept=10_000, documents=10_000)
     sample, labels = draw(folder, cfg), Labels(tmp_path / "labels.csv")
     labels.put({(item.id, "ada"): Label("drop" if "BAD" in item.text else "keep") for item in sample.items})
     told = {row["decision"]: row for row in results(sample, labels, cfg)["filters"]}
@@ -245,8 +253,8 @@ def test_majority_decides_and_the_adjudicator_settles():
 def test_another_draw_or_other_data_is_told(folder, tmp_path):
     kept = open_sample(folder, tmp_path, cfg_of(folder))
     assert open_sample(folder, tmp_path, cfg_of(folder, port=1)).items == kept.items
-    with pytest.raises(UserError, match="per_stratum was 20, is 5; --output=FOLDER draws another"):
-        open_sample(folder, tmp_path, cfg_of(folder, per_stratum=5))
+    with pytest.raises(UserError, match="per_rule was 20, is 5; --output=FOLDER draws another"):
+        open_sample(folder, tmp_path, cfg_of(folder, per_rule=5))
     with pytest.raises(UserError, match=r"no manifest.json there; should be the output folder"):
         open_sample(tmp_path / "none", tmp_path, cfg_of(folder))
     (tmp_path / "sample.jsonl").write_text("{")
@@ -329,7 +337,7 @@ def test_the_verb_from_the_command_line(folder, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "Krippendorff's alpha 1.00 [1.00, 1.00]" in told and "method: weights" in told
     assert json.loads((tmp_path / "r.json").read_text())["labelled"] == len(rows)
-    assert cli.main([*common, "--serve=false", "--per_stratum=3"]) == 2
+    assert cli.main([*common, "--serve=false", "--per_rule=3"]) == 2
     assert cli.main(["data", "review", str(tmp_path)]) == 2
     assert "should be the output folder of `jaxllm data`" in capsys.readouterr().err
 
@@ -357,7 +365,7 @@ def test_the_verb_serves_until_it_is_interrupted(folder, tmp_path):
 def served(folder, tmp_path):
     """(the review, its server's port); one document's text is an attack."""
     cfg = cfg_of(folder, labels_each=2)
-    sample = draw(folder, cfg_of(folder, per_stratum=3))
+    sample = draw(folder, cfg_of(folder, per_rule=3, per_kept=3))
     sample.items[0].text = "<img src=x onerror='document.title=\"owned\"'><script>document.title='owned'</script>"
     review = Review(Sample(sample.items, sample.population, sample.kept_bytes), Labels(tmp_path / "labels.csv"), cfg)
     server = make_server(review, 0)

@@ -9,7 +9,9 @@ REASONS = ("boilerplate", "not a text", "wrong language", "harmful", "personal d
 class ReviewVerb:
     run: str = ""  # the output folder of `jaxllm data` (the word after the verb)
     output: str | None = None  # where the sample, labels and results are kept; null: `review` in that folder
-    per_stratum: int = 20  # documents drawn of each source and decision, near the threshold and away from it
+    per_rule: int = 20  # documents drawn of each source and rule that removed them, near its threshold and away from it
+    per_kept: int = 60  # the same of documents that were kept: what the filters missed is estimated from these
+    documents: int = 600  # in all; where there would be more, fewer are drawn of each, in proportion
     near: float = 0.2  # share of a decision's documents that counts as near its threshold
     # where a rule's limit lies, by the last part of its name (word_count for gopher.word_count); not given: the end of its
     # values that its name tells (min_…, max_…), or at which they crowd
@@ -33,7 +35,8 @@ class ReviewVerb:
 
     def __post_init__(self):
         for name, ok, should in (
-            ("per_stratum", self.per_stratum >= 1, "at least 1"), ("near", 0 <= self.near < 1, "in [0, 1)"),
+            ("per_rule", self.per_rule >= 1, "at least 1"), ("per_kept", self.per_kept >= 1, "at least 1"),
+            ("documents", self.documents >= 1, "at least 1"), ("near", 0 <= self.near < 1, "in [0, 1)"),
             ("max_chars", self.max_chars >= 100, "at least 100"), ("labels_each", self.labels_each >= 1, "at least 1"),
             ("reasons", len(self.reasons) <= 9, "nine at most, one a digit key"),
             ("confidence", 0.5 <= self.confidence < 1, "in [0.5, 1)"), ("port", 0 <= self.port < 65536, "in 0 to 65535"),

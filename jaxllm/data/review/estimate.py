@@ -53,33 +53,45 @@ def wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
 
 
-def recall(strata: Sequence[Stratum], caught: set[str], confidence: float, seed: int, bad: bool = True) -> Estimate:
-    """Returns which share of all bad documents has a decision in `caught` (with bad=False: of all good ones).
+class Amount(NamedTuple):
+    """How many documents of one decision are bad."""
 
-    The interval is that of draws from each decision's Beta posterior under Jeffreys' prior, at its effective sample size
-    (Brown, Cai and DasGupta 2001): a decision without a single bad document in the sample may still hold some.
+    population: int
+    bad: float
+    drawn: np.ndarray  # of `bad`, under what is known
+
+
+def amounts(strata: Sequence[Stratum], seed: int) -> dict[str, Amount]:
+    """Returns the amount of every decision of which something was judged.
+
+    Draws are of the Beta posterior under Jeffreys' prior, at the effective sample size (Brown, Cai and DasGupta 2001): a
+    decision without a single bad document in the sample may still hold some.
     """
-    rng = np.random.default_rng(seed)
-    share, drawn, inside = [], [], []
+    rng, found = np.random.default_rng(seed), {}
     for decision in sorted({s.decision for s in strata}):
         mine = [s for s in strata if s.decision == decision]
-        p, n = pooled(mine)
-        if p is None and (decision == KEPT or caught == {decision}):
-            return Estimate(None)
-        if p is None:  # of such a rule nothing is known yet: left out
-            continue
-        p = p if bad else 1 - p
-        population = sum(s.population for s in mine)
-        share.append(population * p)
-        exact = math.isinf(n)
-        drawn.append(population * (np.full(DRAWS, p) if exact else rng.beta(p * n + 0.5, (1 - p) * n + 0.5, DRAWS)))
-        inside.append(decision in caught)
-    share, drawn, inside = np.array(share), np.array(drawn), np.array(inside, bool)
-    if not inside.any() or not share.sum():
+        (p, n), population = pooled(mine), sum(s.population for s in mine)
+        if p is not None:
+            drawn = np.full(DRAWS, p) if math.isinf(n) else rng.beta(p * n + 0.5, (1 - p) * n + 0.5, DRAWS)
+            found[decision] = Amount(population, population * p, population * drawn)
+    return found
+
+
+def recall(found: dict[str, Amount], caught: set[str], confidence: float, bad: bool = True) -> Estimate:
+    """Returns which share of all bad documents has a decision in `caught` (with bad=False: of all good ones).
+
+    Rules of which nothing was judged are left out on both sides; without judged documents that were kept there is none.
+    """
+    if KEPT not in found or not caught & found.keys():
         return Estimate(None)
-    value = share[inside].sum() / share.sum()
-    ratio = drawn[inside].sum(0) / np.maximum(drawn.sum(0), 1e-300)
-    low, high = np.percentile(ratio, [50 * (1 - confidence), 50 * (1 + confidence)])
+    inside = np.array([decision in caught for decision in found])
+    value_D = np.array([a.bad if bad else a.population - a.bad for a in found.values()])
+    drawn_DR = np.array([a.drawn if bad else a.population - a.drawn for a in found.values()])
+    if not value_D.sum():
+        return Estimate(None)
+    value = value_D[inside].sum() / value_D.sum()
+    ratio_R = drawn_DR[inside].sum(0) / np.maximum(drawn_DR.sum(0), 1e-300)
+    low, high = np.percentile(ratio_R, [50 * (1 - confidence), 50 * (1 + confidence)])
     return Estimate(float(value), float(min(low, value)), float(max(high, value)))
 
 

@@ -56,7 +56,7 @@ def filters(sample: Sample, bad: dict[str, bool], cfg: ReviewVerb) -> list[dict]
     strata = sample.strata(bad)
     copies = {item.decision for item in sample.items if item.duplicate_of}
     decisions = sorted({s.decision for s in strata} - {KEPT})
-    alone = [s for s in strata if s.decision not in copies]
+    alone = estimate.amounts([s for s in strata if s.decision not in copies], cfg.seed)
 
     def row(name, caught, has_recall):
         mine = [s for s in strata if s.decision in caught]
@@ -64,12 +64,12 @@ def filters(sample: Sample, bad: dict[str, bool], cfg: ReviewVerb) -> list[dict]
         found = {"decision": name, "removed": population, "judged": n_judged, "bad": sum(s.bad for s in mine),
                  "strata_unjudged": sum(not s.judged for s in mine), "precision": estimate.share_bad(mine, cfg.confidence)}
         if has_recall:
-            found["recall"] = estimate.recall(alone, caught - copies, cfg.confidence, cfg.seed)
+            found["recall"] = estimate.recall(alone, caught, cfg.confidence)
         return found
 
     rows = [row(d, {d}, d not in copies) for d in decisions]
     if decisions:
-        lost = estimate.recall(alone, set(decisions) - copies, cfg.confidence, cfg.seed, bad=False)
+        lost = estimate.recall(alone, set(decisions), cfg.confidence, bad=False)
         rows.insert(0, row("all removals", set(decisions), True) | {"good_lost": lost})
     kept = [s for s in strata if s.decision == KEPT]
     if kept:

@@ -20,7 +20,8 @@ from jaxllm.data.review.estimate import KEPT, Stratum
 from jaxllm.data.streams import Stream
 from jaxllm.errors import UserError, writing
 
-SETTINGS = ("per_stratum", "near", "thresholds", "score", "only", "skip", "max_chars", "seed")  # that the sample depends on
+# what the sample depends on
+SETTINGS = ("per_rule", "per_kept", "documents", "near", "thresholds", "score", "only", "skip", "max_chars", "seed")
 
 
 @dataclasses.dataclass
@@ -109,10 +110,25 @@ def draw(folder: pathlib.Path, cfg: ReviewVerb) -> Sample:
     kept, kept_population, others, kept_bytes = kept_items(folder, cfg, wanted)
     for item in items:
         item.other = others.get(item.duplicate_of)
-    items = sorted(items + kept, key=lambda item: chance(item.id, cfg.seed + 1))
+    items = sorted(thinned(items + kept, cfg), key=lambda item: chance(item.id, cfg.seed + 1))
     if not items:
         raise UserError(f"{folder}: no document to review: removed-text/ and documents/ are empty")
     return Sample(items, {**population, **kept_population}, kept_bytes)
+
+
+def thinned(items: list[Item], cfg: ReviewVerb) -> list[Item]:
+    """Returns the first ones of each stratum, as many as cfg.documents allows in proportion, and one at least."""
+    by_stratum = collections.defaultdict(list)
+    for item in items:
+        by_stratum[item.stratum].append(item)
+    part = 1.0
+    while True:
+        most = {KEPT: max(1, int(part * cfg.per_kept))}
+        chosen = [found[:most.get(found[0].decision, max(1, int(part * cfg.per_rule)))] for found in by_stratum.values()]
+        n = sum(map(len, chosen))
+        if n <= cfg.documents or n == len(chosen):
+            return [item for found in chosen for item in found]
+        part *= 0.95
 
 
 def removed_items(folder: pathlib.Path, cfg: ReviewVerb) -> tuple[list[Item], dict[str, int]]:
@@ -140,7 +156,7 @@ def removed_items(folder: pathlib.Path, cfg: ReviewVerb) -> tuple[list[Item], di
         drawn = collections.Counter()
         for _, doc, value, duplicate_of in sorted(candidates[source, decision], key=lambda c: c[:2]):
             near = is_near(value)
-            if drawn[near] < cfg.per_stratum:
+            if drawn[near] < cfg.per_rule:
                 drawn[near] += 1
                 items.append(Item(doc, source, decision, near, value, text[doc], duplicate_of))
         n_near = sum(map(is_near, value_N))
@@ -181,7 +197,7 @@ def kept_items(folder: pathlib.Path, cfg: ReviewVerb, wanted: set[str]):
     One pass: of each source so many are held that the lowest scores among them are enough. Further copies of a document
     count for the bytes alone.
     """
-    hold = int(cfg.per_stratum * max(2, 1.5 / cfg.near if cfg.near else 0)) + 1
+    hold = int(cfg.per_kept * max(2, 1.5 / cfg.near if cfg.near else 0)) + 1
     held, scores, others, n_bytes = collections.defaultdict(list), collections.defaultdict(list), {}, collections.Counter()
     for line in rows(folder / "documents"):
         source, text = line["source"], line["text"]
@@ -205,7 +221,7 @@ def kept_items(folder: pathlib.Path, cfg: ReviewVerb, wanted: set[str]):
         drawn = collections.Counter()
         for _, doc, score, text in sorted(entries, reverse=True):
             near = is_near(score)
-            if drawn[near] < cfg.per_stratum:
+            if drawn[near] < cfg.per_kept:
                 drawn[near] += 1
                 items.append(Item(doc, source, KEPT, near, None if np.isnan(score) else score, text))
         n_near = sum(map(is_near, value_N.tolist()))
