@@ -1,8 +1,10 @@
 """Expert review: figures against published examples, estimates against planted truth, and the page in a real browser."""
 
+import contextlib
 import csv
 import http.client
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -356,6 +358,25 @@ def test_the_verb_serves_until_it_is_interrupted(folder, tmp_path):
     assert json.loads((tmp_path / "r/results.json").read_text())["labelled"] == 1
     with make_server(None, 0) as server, pytest.raises(UserError, match="--port=0 takes any that is free"):
         make_server(None, server.server_address[1])
+
+
+def test_a_kill_loses_no_label_that_was_answered(folder, tmp_path):
+    command = [sys.executable, "-m", "jaxllm", "data", "review", str(folder), f"--output={tmp_path / 'r'}", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        port = int(re.search(r"http://127.0.0.1:(\d+)/", process.stdout.readline())[1])
+        ids = [json.loads(asked(port, "GET", f"/api/item?n={n}")[1])["id"] for n in range(40)]
+        timer, answered = threading.Timer(0.01, process.kill), []
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for n in itertools.count():
+                if n == 20:
+                    timer.start()
+                expert = f"e{n // 40}"
+                assert asked(port, "POST", "/api/label", {"id": ids[n % 40], "expert": expert, "label": "drop"})[0] == 200
+                answered.append((ids[n % 40], expert))
+        timer.join()
+    there = Labels(tmp_path / "r/labels.csv").by
+    assert len(answered) >= 20 and set(answered) <= there.keys() and len(there) <= len(answered) + 1
+    assert cli.main([*command[3:-1], "--serve=false"]) == 0  # the same command goes on
 
 
 # ---------------------------------------------------------------- the page

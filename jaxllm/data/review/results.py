@@ -104,15 +104,16 @@ def told(found: dict) -> str:
     if found["disagreements"]:
         n_open = sum(row["settled"] is None for row in found["disagreements"])
         lines.append(f"{len(found['disagreements'])} disagreements, {n_open} of them open")
-    lines += ["", f"{'decision':<36}{'documents':>10}{'judged':>8}  {'precision':<22}recall"]
+    wide = max([30, *(len(row["decision"]) for row in found["filters"])])
+    lines += ["", f"{'decision':<{wide}}{'documents':>12}{'judged':>8}  {'precision':<22}recall"]
     for row in found["filters"]:
         share = row.get("precision", row.get("share_bad"))
         n = row.get("removed", row.get("kept"))
         tail = percent(row["recall"]) if "recall" in row else ""
-        lines.append(f"{row['decision']:<36}{n:>10,}{row['judged']:>8}  {percent(share):<22}{tail}"
+        lines.append(f"{row['decision']:<{wide}}{n:>12,}{row['judged']:>8}  {percent(share):<22}{tail}"
                      + ("  (share that should be dropped)" if "share_bad" in row else ""))
         if "good_lost" in row:
-            lines.append(f"{'  good documents lost by them':<36}{'':>18}  {percent(row['good_lost'])}")
+            lines.append(f"{'  good documents lost by them':<{wide}}{'':>20}  {percent(row['good_lost'])}")
     if found["sources"]:
         lines += ["", "weights that the labels propose:", "mix:", "  method: weights", "  weights:"]
         lines += [f"    {row['source']}: {row['weight']:.3f}  # {row['share']:.1%} of the text, {percent(row['good'])} good"
