@@ -88,11 +88,11 @@ def test_agreement_is_not_defined_when_there_is_one_label_only():
 
 
 def test_bootstrap_interval_holds_the_truth_about_as_often_as_it_says():
-    rng, inside = np.random.default_rng(1), 0
+    rng, inside, weight_RU = np.random.default_rng(1), 0, agreement.resamples(150, 0)
     for _ in range(40):  # two experts who see the truth with probability 0.9 each: kappa = 0.64 with balanced labels
         truth = rng.random(150) < 0.5
         a, b = (np.where(rng.random(150) < 0.9, truth, ~truth).astype(int) for _ in range(2))
-        e = agreement.interval(agreement.cohen(a, b, 2, agreement.resamples(150, int(rng.integers(1 << 30)))), 0.95)
+        e = agreement.interval(agreement.cohen(a, b, 2, weight_RU), 0.95)
         inside += e.low <= 0.64 <= e.high
     assert inside >= 33  # 95 % of 40 is 38; fewer than 33 has a chance below 0.1 %
 
@@ -204,6 +204,27 @@ def test_the_sample_does_not_depend_on_the_order_of_the_files(folder, tmp_path):
         (tmp_path / f"documents/part-0000{n}.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
     assert draw(tmp_path, cfg_of(folder)).items == draw(folder, cfg_of(folder)).items
     assert draw(folder, cfg_of(folder, seed=1)).items != draw(folder, cfg_of(folder)).items
+
+
+def test_one_rule_can_be_reviewed_and_a_wrong_name_is_told(folder):
+    for only in (("dedup",), ("dedup/minhash",)):
+        assert {i.decision for i in draw(folder, cfg_of(folder, only=only)).items} == {"kept", "dedup/minhash"}
+    with pytest.raises(UserError, match=r"only=filtre: nothing was removed by it; did you mean 'filter'\?"):
+        draw(folder, cfg_of(folder, only=("filtre",)))
+    with pytest.raises(UserError, match=r"thresholds=min_word: nothing was removed by it; did you mean 'min_words'\?"):
+        draw(folder, cfg_of(folder, thresholds={"min_word": 50}))
+
+
+def test_a_rule_with_few_texts_is_not_split(folder, tmp_path):
+    for path in ("documents", "manifest.json", "removed.jsonl"):
+        (tmp_path / path).symlink_to(folder / path)
+    (tmp_path / "removed-text").mkdir()
+    values = {row["id"]: row["value"] for row in lines(folder / "removed.jsonl") if row["rule"] == "gopher.min_words" and row["source"] == "web"}
+    texts = [row for row in rows(folder / "removed-text") if values.get(row["id"], 99) < 20]
+    (tmp_path / "removed-text/part-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    sample = draw(tmp_path, cfg_of(folder))
+    assert {name: n for name, n in sample.population.items() if "min_words" in name} == {"web | filter/gopher.min_words": len(values)}
+    assert not any("minhash" in name for name in sample.population)  # without any text: left out
 
 
 def test_parquet_gives_the_same_sample(folder, tmp_path):
@@ -472,6 +493,8 @@ def test_labelling_in_a_browser(served, tmp_path):
         saved = review.labels.by[review.sample.items[0].id, "Ada L."]
         assert (saved.label, saved.reasons, saved.note) == ("drop", review.cfg.reasons[:2], "kid")
         assert Labels(review.labels.path).by == review.labels.by
+        page.press("m")
+        page.wait("getComputedStyle(document.querySelector('.text')).fontFamily.includes('monospace')")
         # back: what was said is shown; changed and saved
         page.press("ArrowLeft")
         page.wait("item.n === 0 && document.querySelector('[data-label=drop]').ariaPressed === 'true'")

@@ -6,6 +6,7 @@ not matter. It is drawn once, and kept: labels belong to it.
 
 import collections
 import dataclasses
+import difflib
 import hashlib
 import heapq
 import json
@@ -139,20 +140,26 @@ def removed_items(folder: pathlib.Path, cfg: ReviewVerb) -> tuple[list[Item], di
     """
     text = {line["id"]: cut(line["text"], cfg.max_chars) for line in rows(folder / "removed-text") if line["text"].strip()}
     values, candidates = collections.defaultdict(list), collections.defaultdict(list)
+    seen: dict[str, str] = {}
     for line in lines(folder / "removed.jsonl"):
         decision = f"{line['stage']}/{line['rule']}"
+        seen[decision] = line["stage"]
         if line["stage"] in cfg.skip or (cfg.only and not {line["stage"], decision} & set(cfg.only)):
             continue
         value, key = line.get("value"), (line["source"], decision)
         values[key].append(float(value) if isinstance(value, (int, float)) else np.nan)
         if line["id"] in text:
             candidates[key].append((chance(line["id"], cfg.seed), line["id"], value, line.get("duplicate_of")))
+    check_names("only", cfg.only, {*seen, *seen.values()})
+    check_names("thresholds", cfg.thresholds, {last_part(decision) for decision in seen})
     items, population = [], {}
     for (source, decision), value_N in values.items():
         if not candidates[source, decision]:
             continue
-        rule = re.split(r"[./]", decision)[-1]
+        rule = last_part(decision)
         is_near = nearness(np.array(value_N), cfg.near, cfg.thresholds.get(rule, limit(rule, value_N)))
+        if len({is_near(value) for _, _, value, _ in candidates[source, decision]}) == 1:  # there is text of one side only:
+            is_near = nearness(np.array(value_N), 0, None)  # not split, as the other side would stand for nothing
         drawn = collections.Counter()
         for _, doc, value, duplicate_of in sorted(candidates[source, decision], key=lambda c: c[:2]):
             near = is_near(value)
@@ -164,6 +171,18 @@ def removed_items(folder: pathlib.Path, cfg: ReviewVerb) -> tuple[list[Item], di
             if n:
                 population[Item("", source, decision, near).stratum] = n
     return items, population
+
+
+def last_part(decision: str) -> str:
+    return re.split(r"[./]", decision)[-1]
+
+
+def check_names(key: str, named, known: set[str]) -> None:
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"found: {', '.join(sorted(known)[:12]) or 'nothing'}"
+            raise UserError(f"{key}={name}: nothing was removed by it; {hint}")
 
 
 def limit(rule: str, value_N: list[float]) -> float | None:
