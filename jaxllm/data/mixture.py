@@ -28,8 +28,6 @@ class MixConfig:
     # (Devlin et al. 2019, Conneau et al. 2020); unimax: equal shares as far as max_epochs allows (Chung et al. 2023)
     method: Literal["natural", "weights", "temperature", "unimax"] = "natural"
     by: Literal["source", "domain"] = "source"  # what a group is
-    # share of each group, relative to the others'; not named: 1
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
     alpha: float = 0.7  # temperature's exponent: 1 as the text falls, 0 equal shares; 0.7 mBERT's, 0.3 XLM-R's
     total: float | None = None  # size of the output, in the unit of the documents' sizes; null: about that of what comes in
     # no document is repeated more often; what goes beyond 4 is worth visibly less than new text
@@ -38,8 +36,11 @@ class MixConfig:
     keep: Literal["total", "shares"] = "total"
     quality_edges: tuple[float, ...] = ()  # cut quality into buckets, e.g. [0.3,0.7]: below 0.3, from 0.3 to 0.7, from 0.7
     quality_factors: tuple[float, ...] = ()  # how often a bucket's documents are taken, relative to the others', e.g. [0.5,1,2]
-    domains: dict[str, float] = dataclasses.field(default_factory=dict)  # the same by domain; not named: 1
     seed: int = 0  # of the hash that settles fractions of a copy
+    # method=weights: share of each group, relative to the others'; not named: 1
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    # how often a domain's documents are taken, relative to the others'; not named: 1
+    domains: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         edges = self.quality_edges

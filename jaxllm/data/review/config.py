@@ -13,9 +13,6 @@ class ReviewVerb:
     per_kept: int = 60  # the same of documents that were kept: what the filters missed is estimated from these
     documents: int = 600  # in all; where there would be more, fewer are drawn of each, in proportion
     near: float = 0.2  # share of a decision's documents that counts as near its threshold
-    # where a rule's limit lies, by the last part of its name (word_count for gopher.word_count); not given: the end of its
-    # values that its name tells (min_…, max_…), or at which they crowd
-    thresholds: dict[str, float] = field(default_factory=dict)
     score: str = "quality_score"  # number in kept documents' metadata, whose lowest values count as near a threshold
     only: tuple[str, ...] = ()  # stages, or stage/rule, whose removals are reviewed; none: all
     skip: tuple[str, ...] = ("read", "mix")  # stages that drop documents for other reasons than what is in them
@@ -32,6 +29,9 @@ class ReviewVerb:
     export_csv: str | None = None  # write the sample to this file, to be labelled in a spreadsheet, and end
     import_csv: str | None = None  # take labels from this file, which replace the same experts' earlier ones
     expert: str = ""  # with export_csv: whose labels are filled in; with import_csv: whose they are where the file says nothing
+    # where a rule's limit lies, by the last part of its name (min_words for gopher.min_words); not given: the end of its
+    # values that its name tells (min_…, max_…), or at which they crowd
+    thresholds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, ok, should in (
