@@ -28,13 +28,10 @@ class Verb:
 VERBS = {
     "tokenizer": Verb("jaxllm.data.config:TokenizerVerb", "jaxllm.data.tokenizer:main", "tokenizer CONFIG.yaml",
                       "train a SentencePiece tokenizer and report on it"),
-<<<<<<< HEAD
     "data": Verb("jaxllm.data.pipeline_config:DataVerb", "jaxllm.data.pipeline:main", "data CONFIG.yaml",
                  "clean, filter, deduplicate and mix raw text; say what was dropped and why"),
-=======
     "data review": Verb("jaxllm.data.review.config:ReviewVerb", "jaxllm.data.review.verb:main", "data review FOLDER",
                         "let experts label what was kept and removed; tell how right the filters are", takes="run"),
->>>>>>> data-review
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
     "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.verb:main", "generate RUN --prompt=TEXT",

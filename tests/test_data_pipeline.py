@@ -127,7 +127,7 @@ def test_settings_or_files_that_changed_under_unfinished_work_are_refused(source
     with pytest.raises(RunError):
         pipeline.main(cfg)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="read.max_bytes: 16777216 -> 5"):
+    with pytest.raises(UserError, match=r"read\.max_bytes: 16777216 -> 5"):
         pipeline.main(settings(source, tmp_path / "out", **{"read.max_bytes": 5}))
     pipeline.main(settings(source, tmp_path / "out", **{"read.max_bytes": 1 << 20, "run.overwrite": "true"}))
 
@@ -135,7 +135,7 @@ def test_settings_or_files_that_changed_under_unfinished_work_are_refused(source
 def test_a_folder_of_something_else_is_not_deleted(source, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in ("true", "false"):
-        with pytest.raises(UserError, match="give another run.dir"):
+        with pytest.raises(UserError, match=r"give another run\.dir"):
             pipeline.main(settings(source, tmp_path, **{"run.overwrite": overwrite}))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

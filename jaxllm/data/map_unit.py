@@ -25,7 +25,7 @@ from jaxllm.data.raw import Item, Unit
 from jaxllm.errors import writing
 
 EXCERPT = 4000  # characters of a sample
-SAMPLES = 3  # of a unit, for each rule: those whose ids hash lowest, so a sample does not depend on the order
+PAIRS = 3  # before and after, of a unit: those whose ids hash lowest, as all samples, so that order does not matter
 LENGTH_BINS = [0, *(int(10 ** (i / 4)) for i in range(4, 33))]  # characters, four bins a decade
 
 
@@ -49,7 +49,7 @@ class Worker:
             with writing(part):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-            work = _Work(unit, part)
+            work = _Work(unit, part, self.cfg.output.samples)
             work.documents(*self.stages)
             work.finish()
             with writing(done):
@@ -66,8 +66,8 @@ def read_index(folder: str | pathlib.Path, number: int) -> dict:
 
 
 class _Work:
-    def __init__(self, unit: Unit, part: pathlib.Path):
-        self.unit, self.part = unit, part
+    def __init__(self, unit: Unit, part: pathlib.Path, samples: int):
+        self.unit, self.part, self.most_samples = unit, part, samples
         self.sha = hashlib.sha256()
         self.counts: collections.Counter = collections.Counter()
         self.seconds: collections.Counter = collections.Counter()  # of processor time by stage
@@ -148,7 +148,7 @@ class _Work:
         self.removed.append(line)
         self.rules[f"{stage}\t{why.rule}"] += 1
         _keep_lowest(self.samples.setdefault(f"{stage}\t{why.rule}", []), doc.id,
-                     {**line, "text": doc.text[:EXCERPT]})
+                     {**line, "text": doc.text[:EXCERPT]}, self.most_samples)
 
     def keep(self, doc: Document, before: str, sign) -> None:
         text = doc.text.encode("utf-8", "replace")
@@ -160,7 +160,7 @@ class _Work:
         if sign is not None:
             self.signatures.append(sign(doc.text))
         pair = {"id": doc.id, "source": doc.source, "before": before[:EXCERPT], "after": doc.text[:EXCERPT]}
-        _keep_lowest(self.pairs, doc.id, pair)
+        _keep_lowest(self.pairs, doc.id, pair, PAIRS)
 
     def finish(self) -> None:
         docs = [doc for doc, _ in self.kept]
@@ -170,7 +170,7 @@ class _Work:
         index = {
             "unit": self.unit.number, "source": self.unit.source, "sha256": self.sha.hexdigest(),
             "inputs": len(self.unit.items), "ids": [d.id for d in docs], "bytes": [n for _, n in self.kept],
-            "quality": [float(d.meta.get("quality", 1.0)) for d in docs],
+            "quality": [float(d.meta.get("quality_score", 1.0)) for d in docs],
             "domain": [str(d.meta.get("domain", d.source)) for d in docs],
             "funnel": self.funnel, "rules": dict(self.rules), "counts": dict(self.counts), "lengths": self.lengths,
             "languages": dict(self.languages),
@@ -234,7 +234,7 @@ def _bin(text: str) -> int:
     return bisect.bisect_right(LENGTH_BINS, len(text)) - 1
 
 
-def _keep_lowest(found: list, ident: str, row: dict, most: int = SAMPLES) -> None:
+def _keep_lowest(found: list, ident: str, row: dict, most: int) -> None:
     found.append((hashlib.blake2b(ident.encode("utf-8", "surrogateescape"), digest_size=8).digest(), row))
     found.sort(key=lambda pair: pair[0])
     del found[most:]

@@ -26,7 +26,7 @@ class ReadConfig:
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     format: Literal["jsonl", "parquet"] = "jsonl"  # of documents/: part-*.jsonl.zst, or part-*.parquet
-    samples: int = 40  # documents of each rule whose text is kept in removed-text/
+    samples: int = 100  # documents of each rule, chosen by a hash of their ids, whose text is kept in removed-text/ for review
 
 
 @dataclass(frozen=True, kw_only=True)
