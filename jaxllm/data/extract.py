@@ -31,7 +31,7 @@ TELLS_LANGUAGE = "[class*='language-'], [class*='lang-'], [class*='highlight-'],
     "[class*='brush'], [class*='sourceCode'], [class*='src-']"
 NO_LANGUAGE = {"default", "none", "notranslate", "text", "plain", "plaintext", "source"}
 # what stays open until it is closed
-TAG = re.compile(r"<(/?)(?:div|span|section|article|ul|ol|table|font|b|i|em|strong|small|big|u|blockquote|center)\b", re.IGNORECASE)
+TAG = re.compile(r"<(/?)(?:div|span|section|article|ul|ol|table|font|b|i|em|strong|u|blockquote|center)\b", re.IGNORECASE)
 LONG_TAG = re.compile(r"<[a-zA-Z][^<>]{20000,}")
 OPEN = r"""[^<>"]*(?:"[^"]*"[^<>"]*)*>"""  # the rest of a tag
 ROW, CELL = re.compile(r"<tr\b" + OPEN), re.compile(r"<t[dh]\b" + OPEN)
