@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 
 import pytest
 
@@ -161,3 +162,12 @@ def test_check_digits_decide():
     assert is_card("4111111111111111") and not is_card("4111111111111112") and not is_card("9111111111111110")
     assert masked("DE88 3704 0044 0532 0130 00")[1].get("privacy.iban") is None
     assert masked("Konto DE89 3704 0044 0532 0130 00 BIC COBADEFF")[0] == "Konto <IBAN> BIC COBADEFF"
+
+
+@pytest.mark.parametrize("unit", ["AB12 ", "-----BEGIN PRIVATE KEY-----", "eyJaaaaaaaaaaa-", "a.", "@", "a@", "1 ", "+1", "1.", "tel ", "key ", "0:", "2001:", "(", "SG.a"])
+def test_no_text_takes_long(unit):
+    def seconds(n):
+        began = time.process_time()
+        masked(unit * (n // len(unit)) + "x")
+        return time.process_time() - began
+    assert seconds(400_000) < 20 * max(min(seconds(40_000), seconds(40_000)), 0.005)

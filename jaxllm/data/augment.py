@@ -26,11 +26,13 @@ FENCED = re.compile(r"(`{3,4})[^\n]*\n.*?\n\1(?=\n|\Z)", re.DOTALL)
 # Swaps that keep the meaning wherever they stand; both directions. None is a name, a number, a negation or a quantity.
 SAME = (
     ("for example", "for instance"), ("in order to", "so as to"), ("a lot of", "plenty of"), ("because of", "owing to"),
-    ("in addition", "moreover"), ("however", "nevertheless"), ("therefore", "consequently"), ("begin", "start"), ("begins", "starts"), ("began", "started"),
-    ("large", "big"), ("quickly", "rapidly"), ("often", "frequently"), ("usually", "normally"), ("nearly", "almost"),
-    ("perhaps", "maybe"), ("whole", "entire"), ("important", "significant"), ("to obtain", "to get"), ("purchase", "buy"),
-    ("as well as", "and also"), ("such as", "like"), ("is able to", "can"), ("do not", "don't"), ("does not", "doesn't"),
-    ("cannot", "can't"), ("it is", "it's"), ("at the moment", "right now"), ("due to the fact that", "because"),
+    ("in addition", "moreover"), ("however", "nevertheless"), ("therefore", "consequently"), ("begin", "start"),
+    ("begins", "starts"), ("began", "started"), ("large", "big"), ("quickly", "rapidly"),
+    ("often", "frequently"), ("usually", "normally"), ("nearly", "almost"), ("perhaps", "maybe"),
+    ("whole", "entire"), ("important", "significant"), ("to obtain", "to get"), ("purchase", "buy"),
+    ("as well as", "and also"), ("such as", "like"), ("is able to", "can"), ("do not", "don't"),
+    ("does not", "doesn't"), ("cannot", "can't"), ("it is", "it's"), ("at the moment", "right now"),
+    ("due to the fact that", "because"),
 )
 
 
@@ -62,7 +64,9 @@ def versions(doc: Document, cfg: AugmentConfig) -> Iterator[Document]:
     for n in range(1, cfg.versions + 1) if cfg.use else ():
         # not Python's hash, which differs from process to process
         pick = random.Random(hashlib.blake2b(f"{cfg.seed}\0{doc.source}\0{doc.id}\0{n}".encode("utf-8", "replace")).digest())
-        text = by_paragraph(doc.text, functools.partial(rephrased, pick=pick, chance=cfg.rephrase)) if cfg.rephrase else doc.text
+        text = doc.text
+        if cfg.rephrase:
+            text = by_paragraph(text, functools.partial(rephrased, pick=pick, chance=cfg.rephrase))
         if cfg.shuffle:
             text = by_paragraph(text, functools.partial(shuffled, pick=pick, chance=cfg.shuffle))
         if cfg.mask:
@@ -122,7 +126,7 @@ PHRASE = re.compile(rf"(?<![\w'’-])(?:{_PHRASES})(?![\w'’-])")
 
 
 def masked(text: str, pick: random.Random, share: float, mean: int) -> str:
-    """Returns the text with spans of words replaced by <extra_0>, <extra_1>, …, and after it each mark with what it stood for."""
+    """Returns the text with spans of words replaced by <extra_0>, <extra_1>, …, then each mark with what it stood for."""
     words = re.findall(r"\S+\s*", text)
     out, targets, i = [], [], 0
     while i < len(words):

@@ -20,7 +20,7 @@ CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 INVISIBLE = re.compile("[\x80-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
                        "\ue000-\uf8ff\ufeff\ufff9-\ufffb\ufffe\uffff\U000f0000-\U0010ffff]|(?<=[ -~])[\u200c\u200d](?=[ -~])")
 SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
-TRAILING, BLANK_LINES = re.compile(r"[ \t]+(?=\n|\Z)"), re.compile(r"\n{4,}")
+TRAILING, BLANK_LINES = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)"), re.compile(r"\n{4,}")
 # Letters that some typeset text has glued or widened, and styled "𝐥𝐞𝐭𝐭𝐞𝐫𝐬" in words; single ones are mathematics.
 WIDE = re.compile("[\ufb00-\ufb06\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]+|[\U0001d400-\U0001d7ff]{3,}")
 # UTF-8 read as Windows-1252 (Ã©, â€™), as Windows-1251 (Рѓ, СЃ) or as Mac Roman (‚Äô, √©): worth a look by ftfy.

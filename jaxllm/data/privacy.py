@@ -19,14 +19,14 @@ EMAIL = re.compile(
     re.IGNORECASE)
 MAY_BE_EMAIL = re.compile(r"@|[aA][tT]\s?[\])]")
 
-KEYS = re.compile(r"""-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{20,20000}?-----END [A-Z ]*PRIVATE KEY-----
+KEYS = re.compile(r"""-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?!-----)[\s\S]){20,20000}-----END [A-Z ]*PRIVATE KEY-----
 |\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,251}\b|\bgithub_pat_\w{50,255}\b|\bglpat-[\w-]{20,}|\bxox[abeoprs]-[\w-]{10,250}
 |\bAIza[\w-]{35}|\b[srp]k_(?:live|test)_\w{16,250}|\bsk-[\w-]{20,250}|\bhf_[A-Za-z0-9]{30,60}\b|\bnpm_[A-Za-z0-9]{36}\b|\bpypi-[\w-]{50,}
-|\bSG\.[\w-]{16,}\.[\w-]{30,}|\bSK[0-9a-f]{32}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}""".replace("\n", ""))
+|\bSG\.[\w-]{16,64}\.[\w-]{30,}|\bSK[0-9a-f]{32}\b|\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,}""".replace("\n", ""))
 KEY_MARKS = ("PRIVATE KEY", "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat", "glpat-", "xox", "AIza",
              "k_live_", "k_test_", "sk-", "hf_", "npm_", "pypi-", "SG.", "SK", "eyJ")
 # a value that its name says is secret
-SECRET = re.compile(r"(?<![\w+/.-])[A-Za-z0-9+/_.-]{16,250}={0,2}")
+SECRET = re.compile(r"(?<![\w+/.-])(?=[A-Za-z+/_.-]{0,250}[0-9])[A-Za-z0-9+/_.-]{16,250}={0,2}")
 NAMES_SECRET = re.compile(
     r"(?i)(?:(?:api|access|auth|secret|private|client)[ _-]?(?:key|token|secret)(?:[ _-]?id)?|token|secret|passwd|password"
     r"|bearer)"
@@ -41,7 +41,7 @@ SAYS_IP = re.compile(r"(?i)\b(?:ip|ips|address|addr|host|server|dns|ping|from|na
 
 CARD = re.compile(r"(?<![\w.,-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,4}(?:\1\d{3})?"
                   r"|3\d{3}([ -]?)\d{6}\2\d{4,5})(?![\w-]|[.,]\d)")
-IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?=[ A-Z0-9]{11,})")
+IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?=[ A-Z0-9]{11})")
 # ISO 13616: how long each country's is
 IBAN_LENGTH = {
     "AD": 24, "AE": 23, "AT": 20, "BE": 16, "BG": 22, "BR": 29, "CH": 21, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "EE": 20,
