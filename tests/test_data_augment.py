@@ -11,7 +11,11 @@ from jaxllm.data.document import Document
 TEXT = """Dr. Smith began at noon. However, the harbour is large, for example at the pier! Is it often full? Perhaps it is not.
 
 ```python
-x = 1. However = 2
+x = 1
+
+However = 2. Often so. Begin it!
+
+y = 3
 ```
 
 | large | often |
