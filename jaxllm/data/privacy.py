@@ -65,6 +65,7 @@ PHONE_AT_HOME = re.compile(
     r"|[6-9]\d{4}[ -]\d{5}"  # India
     r"|1[3-9]\d([ -])\d{4}\4\d{4}|(?<=[\u3000-\u9fff])1[3-9]\d{9}"  # China
     r")(?!\w|[.,/-]\d| \d)")
+ZIP_CODE = re.compile(r"0\d{4}-\d{4}")
 NUMBER = re.compile(r"\d[\d ().\u00a0/-]{4,}\d")  # what any of these has in it
 
 
@@ -153,7 +154,10 @@ def looks_random(value: str) -> bool:
 
 def mask_ips(text: str) -> tuple[str, int]:
     text, n = masked_near(NUMBER, 48, 4, mask_ipv4, text)
-    text, n6 = replaced(IPV6, lambda found: "<IP>" if is_public(found[0]) else None, text) if ":" in text else (text, 0)
+    if "::" not in text and text.count(":") < 7:
+        return text, n
+    # one that ends in :: is a network's
+    text, n6 = replaced(IPV6, lambda found: "<IP>" if is_public(found[0]) and found[0][-1] != ":" else None, text)
     return text, n + n6
 
 
@@ -226,10 +230,11 @@ def mask_phones_here(text: str) -> tuple[str, int]:
         return found[1] + "<PHONE>" if 6 <= n_digits(found[2]) <= 15 else None
 
     def abroad(found: re.Match) -> str | None:
-        return "<PHONE>" if 8 <= n_digits(found[0]) <= 15 else None
+        return "<PHONE>" if 8 <= n_digits(found[0]) <= 15 and ")." not in found[0] and ". " not in found[0] else None
 
     def at_home(found: re.Match) -> str | None:
-        return "<PHONE>" if 9 <= n_digits(found[0]) <= 12 and not counts_up(found[0]) else None
+        right = 9 <= n_digits(found[0]) <= 11 and not counts_up(found[0]) and not ZIP_CODE.fullmatch(found[0])
+        return "<PHONE>" if right else None
 
     n = 0
     for pattern, decide in ((PHONE_NEAR_WORD, near_word), (PHONE_ABROAD, abroad), (PHONE_AT_HOME, at_home)):
