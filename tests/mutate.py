@@ -164,6 +164,9 @@ FAULTS = [
           "tests/test_data_clean.py -k meant"),
     Fault("a row of emoji is said as often as it is there", "jaxllm/data/symbols.py", "w != words[i - 1]", "True", "tests/test_data_clean.py -k mended"),
     Fault("spaces before a line's end are tried from each", "jaxllm/data/clean.py", 'r"(?<![ \\t])[ \\t]+', 'r"[ \\t]+', "tests/test_data_clean.py -k takes_long"),
+    Fault("spelling is put right in a text that means it", "jaxllm/data/spelling.py", "if found[0] in meant:", "if False:", "tests/test_data_clean.py -k spelling"),
+    Fault("spelling is put right in code", "jaxllm/data/spelling.py", "by_paragraph(text, lambda paragraph: WRONG.sub(put_right, paragraph))", "WRONG.sub(put_right, text)",
+          "tests/test_data_clean.py -k spelling"),
     Fault("cards need no check digit", "jaxllm/data/privacy.py", "for d in doubled) % 10 == 0", "for d in doubled) >= 0", "tests/test_data_privacy.py -k 'ordinary or check'"),
     Fault("any numbers are telephones", "jaxllm/data/privacy.py", 'r"(?<![\\w.,+/-])(?<!\\d )(?:"', 'r"(?:"', "tests/test_data_privacy.py -k ordinary"),
     Fault("versions are addresses", "jaxllm/data/privacy.py", "all(int(part) < 32 for part in parts)", "False", "tests/test_data_privacy.py -k ordinary"),
@@ -171,7 +174,7 @@ FAULTS = [
           "tests/test_data_privacy.py -k 'planted and phone'"),
     Fault("keys are searched to the end of the text", "jaxllm/data/privacy.py", "(?=[ A-Z0-9]{11})", "(?=[ A-Z0-9]{11,})", "tests/test_data_privacy.py -k takes_long"),
     Fault("augmentation differs between processes", "jaxllm/data/augment.py", "pick = random.Random(hashlib", "pick = random.Random(id(seen)) if n else random.Random(hashlib", "tests/test_data_augment.py -k function"),
-    Fault("code is shuffled", "jaxllm/data/augment.py", "[*FENCED.finditer(text), None]", "[None]", "tests/test_data_augment.py -k other_way"),
+    Fault("code is shuffled", "jaxllm/data/prose.py", "[*FENCED.finditer(text), None]", "[None]", "tests/test_data_augment.py -k other_way"),
 ]
 
 

@@ -53,6 +53,20 @@ def test_what_is_meant_stays(text):
     assert cleaned(text) == (text, {})
 
 
+PROSE = "It is the custom of the house that a guest will "
+
+
+@pytest.mark.parametrize(("text", "becomes"), [
+    (PROSE + "recieve teh key, and it occured often.", PROSE + "receive the key, and it occurred often."), ("Teh, Adress and RECIEVE are names of it.", None),
+    (PROSE + "`recieve` it, in recieve() or /usr/adress/teh.txt, recieve_all, teh-x.", None), (PROSE + "say:\n\n```\nit is teh key of the house\n```\n", None),
+    (PROSE + "write “recieve”, with \"teh\" wrong.", None), (PROSE + "lenght lenght lenght of it and the length.", None), ("Die Adresse, adress lenght wierd.", None),
+    (PROSE + "lenght lenght of it and the length.", PROSE + "length length of it and the length."),
+])
+def test_spelling_is_put_right_only_where_that_is_safe(text, becomes):
+    assert cleaned(text, spelling=True)[0] == (becomes or text)
+    assert cleaned(text) == (text, {})
+
+
 def test_each_repair_can_be_left_out():
     text = "schÃ¶n e\u0301 ❄ pаypаl a\xa0b"
     off = {"encoding": False, "normalize": "none", "symbols": "keep", "lookalikes": False, "whitespace": False}

@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxllm.data.document import Document
+from jaxllm.data.prose import by_paragraph
 
 SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[^\W\d_a-z])|(?<=[。！？])")
 ABBREVIATED = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|No|Fig|Sec|cf|al|approx|[A-Z])\.)$")
-NOT_PROSE = re.compile(r"(?m)^(?:```|\||\s{2,}|\t|[•*#>-] |\d+[.)] )")
-FENCED = re.compile(r"(`{3,4})[^\n]*\n.*?\n\1(?=\n|\Z)", re.DOTALL)
 # Swaps that keep the meaning wherever they stand; both directions. None is a name, a number, a negation or a quantity.
 SAME = (
     ("for example", "for instance"), ("in order to", "so as to"), ("a lot of", "plenty of"), ("because of", "owing to"),
@@ -74,18 +73,6 @@ def versions(doc: Document, cfg: AugmentConfig) -> Iterator[Document]:
         if text not in seen:
             seen.add(text)
             yield Document(f"{doc.id}#{n}", doc.source, text, doc.meta | {"augmented": doc.id})
-
-
-def by_paragraph(text: str, change) -> str:
-    """Returns the text with `change` applied to each paragraph of prose, and all else as it was."""
-    out, at = [], 0
-    for code in [*FENCED.finditer(text), None]:
-        prose, at_next = (text[at:code.start()], code.end()) if code else (text[at:], len(text))
-        parts = re.split(r"(\n\s*\n)", prose)
-        out += [part if i % 2 or NOT_PROSE.search(part) else change(part) for i, part in enumerate(parts)]
-        out.append(code[0] if code else "")
-        at = at_next
-    return "".join(out)
 
 
 def sentences(paragraph: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxllm.data.document import Document, Removal
+from jaxllm.data.spelling import respelled
 from jaxllm.data.symbols import RUN, to_words
 from jaxllm.errors import UserError
 
@@ -42,6 +43,7 @@ class CleanConfig:
     normalize: Literal["NFC", "NFKC", "none"] = "NFC"  # Unicode's form; NFKC also rewrites ½, ² and full-width punctuation
     symbols: Literal["words", "remove", "keep"] = "words"  # emoji: as words (❄: snowflake), dropped, or as they are
     lookalikes: bool = True  # letters of another script within a word (Cyrillic а in "pаypal") become the word's own
+    spelling: bool = False  # put frequent English misspellings right ("recieve"), never in code, names or quotes
     whitespace: bool = True  # spaces of every width become one kind; none at a line's end; at most two blank lines
 
 
@@ -64,6 +66,10 @@ class Clean:
         text = self._lines_and_controls(text, tally)
         if not text.isascii():
             text = self._beyond_ascii(text, tally)
+        if self.cfg.spelling:
+            text, n = respelled(text)
+            if n:
+                tally("spelling", n)
         if self.cfg.whitespace:
             text = TRAILING.sub("", text) if " \n" in text or "\t\n" in text or text[-1:] in (" ", "\t") else text
             text = BLANK_LINES.sub("\n\n\n", text) if "\n\n\n\n" in text else text
