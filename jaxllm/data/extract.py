@@ -24,7 +24,8 @@ FURNITURE = [
     "#jump-to-nav, #siteSub, #catlinks, #leftnav, [role=navigation], [role=search], [role=banner], [role=contentinfo]",
     "[role=complementary], body > header, body > footer, body > nav, .top > a, div.header > p",
 ]
-CONTENTS = "div.toc, #toc, div.contents, nav.contents, #table-of-contents, .table-of-contents"
+NOT_PROSE = "nav, header, footer, aside, form, select, button, a, ul, dialog"
+CONTENTS = "div.toc, #toc, div.contents.topic, div.contents.local, nav.contents, #table-of-contents, .table-of-contents"
 LANDMARKS = (("main, [role=main]", 0.2), ("article, #content, #page-content, #main-content, #bodyContent", 0.5))
 LANGUAGE = re.compile(r"\b(?:language|lang|highlight|brush:?|src|sourceCode)[- ]([a-z0-9+#]{1,20})\b", re.IGNORECASE)
 TELLS_LANGUAGE = "[class*='language-'], [class*='lang-'], [class*='highlight-'], " \
@@ -45,8 +46,8 @@ DEEPEST, MOST_ATTRIBUTES = 2000, 5000  # a parser's time grows with their square
 class ExtractConfig:
     precise: bool = False  # let trafilatura extract: drops more of what is not the article, at about a tenth of the speed
     markdown: bool = True  # code between ``` lines, tables as | rows |; false: code as it stands, cells apart by tabs
-    # a page whose main text is less than this share of all its text is taken whole, as its main part was misjudged
-    least_main: float = 0.05
+    # a page with less main text than this share of its text outside links and lists is taken whole, as it was misjudged
+    least_main: float = 0.1
 
     def __post_init__(self):
         if not 0 <= self.least_main <= 1:
@@ -92,13 +93,14 @@ class Extract:
     def _main_text(self, tree, counts: dict) -> str:
         if tree.body is None:
             return ""
-        whole = len((tree.body.inner_text or "").split())
         counts["extract.tables"], counts["extract.code_blocks"] = prepare(tree, markdown=self.cfg.markdown)
         settings = {"preserve_formatting": True, "alt_texts": False}
         text = self.plain_text(tree, main_content=True, skip_elements=FURNITURE, **settings)
-        if len(text) < 2000 and len(text.split()) < self.cfg.least_main * whole:
-            counts["extract.whole_page"] = 1
-            text = self.plain_text(tree, main_content=False, **settings)
+        if len(text) < 2000:  # a short page, or a page misjudged?
+            prose = self.plain_text(tree, skip_elements=[*FURNITURE, NOT_PROSE], **settings)
+            if len(text.split()) < self.cfg.least_main * len(prose.split()):
+                counts["extract.whole_page"] = 1
+                text = self.plain_text(tree, skip_elements=[*FURNITURE, "nav, header, footer"], **settings)
         return text
 
     def _precise(self, html: str) -> str:

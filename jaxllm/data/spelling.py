@@ -11,8 +11,9 @@ import re
 from jaxllm.data.prose import by_paragraph
 
 PAIRS = """
-teh:the recieve:receive recieved:received recieves:receives reciept:receipt seperate:separate seperated:separated 
-seperately:separately definately:definitely definitly:definitely occured:occurred occuring:occurring occurence:occurrence occurences:occurrences
+teh:the recieve:receive recieved:received recieves:receives reciept:receipt seperate:separate seperated:separated
+seperately:separately definately:definitely definitly:definitely occured:occurred occuring:occurring
+occurence:occurrence occurences:occurrences
 untill:until wich:which becuase:because beacuse:because becasue:because beleive:believe beleived:believed acheive:achieve
 acheived:achieved adress:address adresses:addresses accomodate:accommodate accross:across agressive:aggressive aparent:apparent
 apparantly:apparently arguement:argument arguements:arguments begining:beginning buisness:business
