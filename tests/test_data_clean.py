@@ -1,5 +1,6 @@
 """Repairs of text: what they mend, what they leave, and that they leave clean text quickly."""
 
+import sys
 import time
 import unicodedata
 
@@ -9,6 +10,7 @@ from jaxllm.data.document import Document, Removal
 
 pytest.importorskip("ftfy")
 from jaxllm.data.clean import Clean, CleanConfig
+from jaxllm.errors import UserError
 
 STAGE = Clean(CleanConfig())
 
@@ -73,6 +75,13 @@ def test_each_repair_can_be_left_out():
     assert cleaned(text, **off) == (text, {})
     assert cleaned("ab❄cd ❄.", symbols="remove")[0] == "ab cd ."
     assert cleaned("x² ½ ！", normalize="NFKC")[0] == "x2 1⁄2 !"
+
+
+def test_without_ftfy_the_rest_still_works(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(UserError, match=r"clean.encoding=true needs ftfy: pip install 'jaxllm\[data\]'"):
+        Clean(CleanConfig())
+    assert cleaned("schÃ¶n ❄", encoding=False)[0] == "schÃ¶n snowflake"
 
 
 def test_what_was_only_control_characters_is_removed():

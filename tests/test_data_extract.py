@@ -1,6 +1,7 @@
 """Pages become text: what stays, what goes, and what no page can do to a run."""
 
 import re
+import sys
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from jaxllm.data.document import Document, Removal
 
 pytest.importorskip("resiliparse")
 from jaxllm.data.extract import Extract, ExtractConfig
+from jaxllm.errors import UserError
 
 PROSE = "<p>" + "Snow falls on the harbour while the boats wait for the morning tide to turn. " * 12 + "</p>"
 PAGE = f"""<!DOCTYPE html><html><head><title>Tides &amp;
@@ -78,6 +80,22 @@ def test_a_page_whose_main_part_is_misjudged_is_taken_whole():
     assert text == "Two words" and "extract.whole_page" not in doc.counts
 
 
+def test_a_short_page_beside_a_long_menu_stays_short():
+    menu = "<nav><ul>" + "".join(f'<li><a href="{i}">A page of the book, number {i}</a></li>' for i in range(300)) + "</ul></nav>"
+    assert extracted(f"{menu}<main><h1>Seek</h1><p>The tracking issue is open.</p></main>")[0] == "Seek\n\nThe tracking issue is open."
+
+
+def test_source_code_full_of_links_is_code():
+    lines = "".join(f'<div class="line"><a href="l{i}">{i}</a> <a href="x">int</a> x{i} = <a href="f">f</a>({i});</div>' for i in range(200))
+    text, doc = extracted(f'<div class="header">top</div><div class="contents"><div class="fragment">{lines}</div></div>')
+    assert doc.counts["extract.code_blocks"] == 1 and text.count("\n") == 202 and "```\n0 int x0 = f(0);\n1 int x1 = f(1);\n" in text
+
+
+def test_a_plain_text_as_a_page_is_no_code():
+    text, doc = extracted("<pre>" + PROSE.replace("<p>", "").replace("</p>", "\n\n") * 4 + "</pre>")
+    assert "```" not in text and doc.counts["extract.code_blocks"] == 0
+
+
 @pytest.mark.parametrize(("html", "rule"), [
     ("<div>" * 100_000 + "x" + "</div>" * 100_000, "nesting"), ("<p " + " ".join(f"a{i}=1" for i in range(100_000)) + ">x", "attributes"),
     ("<b>" * 200_000, "nesting"), ("<script>var x = 1</script>", "no_text"), ("", "no_text"), ("<p> \n </p>", "no_text"),
@@ -104,6 +122,14 @@ def test_precise_drops_what_the_default_keeps():
     text, doc = extracted(page, precise=True)
     assert "boats wait for the morning tide" in text and "A reader writes" not in text and doc.meta["title"] == "Tides & Boats"
     assert "A reader writes" in extracted(page)[0]
+
+
+@pytest.mark.parametrize(("module", "precise"), [("resiliparse", False), ("trafilatura", True)])
+def test_a_missing_package_is_named_with_the_way_to_install_it(module, precise, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, f"{module}.extract", None)
+    with pytest.raises(UserError, match=rf"needs {module}.*: pip install 'jaxllm\[data\]'"):
+        Extract(ExtractConfig(precise=precise))
 
 
 @pytest.mark.parametrize(("raw", "declared", "text", "name"), [

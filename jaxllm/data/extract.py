@@ -202,12 +202,13 @@ def code_blocks(tree) -> int:
     for block in body.query_selector_all("div.fragment").values():  # Doxygen's
         if lines := block.query_selector_all("div.line").values():
             written = tree.create_element("pre")
+            written.class_name = "fragment"
             written.text = "\n".join(line.text or "" for line in lines)
             block.replace_with(written)
     total = len((body.text or "").strip())
     for block in body.query_selector_all("pre").values():
         code = (block.text or "").strip("\n").rstrip()
-        if not code or (len(code) > 0.8 * total and len(code) > 2000):  # a page that is plain text within <pre>
+        if not code or (len(code) > 0.8 * total and len(code) > 2000 and not block.class_name):  # a plain text as a page
             continue
         fence = "````" if "```" in code else "```"
         block.text = f"{fence}{language_of(block)}\n{code}\n{fence}\n"
