@@ -36,7 +36,8 @@ class Lists:
 
     def __init__(self, cfg: ListsConfig):
         self.cfg = cfg
-        self.hosts = frozenset(host.lower().removeprefix("www.") for path in cfg.hosts for host in entries(path, "filter.lists.hosts"))
+        hosts = [host for path in cfg.hosts for host in entries(path, "filter.lists.hosts")]
+        self.hosts = frozenset(host.lower().removeprefix("www.") for host in hosts)
         self.url_words = frozenset(word.lower() for path in cfg.url_words for word in entries(path, "filter.lists.url_words"))
         self.words = Phrases([word for path in cfg.words for word in entries(path, "filter.lists.words")])
 

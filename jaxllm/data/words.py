@@ -43,7 +43,7 @@ def code_points(text: str) -> np.ndarray:
 @functools.lru_cache(maxsize=2)  # stages that follow one another ask for the same text
 def spoken(text: str) -> Words:
     """Returns the runs of letters and digits of a text in lower case, apostrophes inside them included."""
-    return split(code_points(text.lower()), _letters())
+    return split(_lower()[code_points(text)], _letters())
 
 
 def hash_of(word: str) -> int:
@@ -134,6 +134,16 @@ def _alone(kind: np.ndarray) -> np.ndarray:
             if (category := unicodedata.category(chr(c))[0]) in "LNM":
                 kind[c] = MARK if category == "M" else ALONE
     return kind
+
+
+@functools.cache
+def _lower() -> np.ndarray:
+    """Returns each code point's lower case where that is one character, so that places in a text stay what they are."""
+    lower = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    for c in range(0x20000):
+        if len(small := chr(c).lower()) == 1:
+            lower[c] = ord(small)
+    return lower
 
 
 @functools.cache
