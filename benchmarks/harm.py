@@ -4,9 +4,9 @@
 
 Trained on: four fifths of the labelled tweets (Davidson et al. 2017; chosen by a hash of their words), the answers of
 DiaSafety's training part that were labelled offending or biased (and its safe ones), and ordinary text: wikitext-2's
-validation part and samples of C4 and Wikipedia. Measured on: documents of wikitext-2's test part, as they are and with a
-toxic passage among their sentences, which is one held-out tweet, or three that follow one another. The threshold is the
-1 % point of one half of the clean documents; false drops are counted on the other half.
+validation part, samples of C4 and Wikipedia, Shakespeare, dialogues about orders and worked exercises. Measured on:
+documents of wikitext-2's test part, as they are and with a toxic passage among their sentences, which is one held-out
+tweet, or three that follow one another. Dropped: the share of clean documents, and of those that hold no listed word, as some of wikitext's quote slurs and curses.
 
 HateCheck is measured and not trained on: its sentences differ by what is said of whom, which counts of words do not see.
 """
@@ -78,13 +78,11 @@ def report(name: str, stage: Harm, held_out: list[dict], data: pathlib.Path, wor
             "three of those": [plant(draw, clean, draw.sample(agreed, 3)) for _ in range(1000)],
             "one tweet that is not toxic": [plant(draw, clean, [t]) for t in benign]}
     rows = {kind: score(found) for kind, found in rows.items()}
-    for among, chosen in (("all clean documents", np.ones(len(clean), bool)), ("those without a listed word", unlisted)):
-        half = np.arange(len(clean)) % 2 == 0
-        threshold = np.quantile(scored[chosen & half], 0.99, method="higher")
-        dropped = (scored[chosen & ~half] > threshold).mean()
-        print(f"  threshold {threshold:.4f} from half of {among} ({chosen.sum()} documents); "
-              f"dropped of the other half: {dropped:.4f}")
-        print("    found: " + ", ".join(f"{kind} {(found > threshold).mean():.4f}" for kind, found in rows.items()))
+    print(f"  {'threshold':>9} {'dropped':>8} {'unlisted':>9}  " + "  ".join(rows))
+    for threshold in (0.5, 0.8, 0.9, 0.95, 0.98, 0.99):
+        dropped = scored >= threshold
+        print(f"  {threshold:9} {dropped.mean():8.4f} {dropped[unlisted].mean():9.4f}  "
+              + "  ".join(f"{(found >= threshold).mean():{len(kind)}.4f}" for kind, found in rows.items()))
     tweets = score([t["text"] for t in held_out])
     bad = np.array([t["bad"] for t in held_out])
     cases = list(csv.DictReader(opened(data / "hatecheck" / "test_suite_cases.csv.gz")))
@@ -118,6 +116,11 @@ def ordinary(data: pathlib.Path) -> list[tuple[str, bool]]:
     texts = long_lines(opened(data / "wikitext2" / "valid.txt.gz").read())
     texts += [json.loads(line)["text"] for line in opened(data / "c4_wiki_sample" / "c4_demo.jsonl.gz")]
     texts += long_lines(opened(data / "c4_wiki_sample" / "wiki_demo.txt.gz").read())
+    texts += opened(data / "tinyshakespeare" / "input.txt.gz").read().split("\n\n")
+    for path in sorted((data / "taskmaster").glob("*.json.gz")):
+        texts += [" ".join(u["text"] for u in talk["utterances"]) for talk in json.load(opened(path))]
+    for path in sorted((data / "flan_cot").glob("*.tsv.gz")):
+        texts += opened(path).read().split("\n")[:1000]
     return [(text, False) for text in texts]
 
 

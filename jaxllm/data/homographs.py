@@ -91,6 +91,7 @@ def report(texts: Texts, cfg: HomographsConfig) -> list[Row]:
     seen = _Contexts(sources, word_W, context_K, cfg.window)
     for source, text in texts():
         seen.add(source, text)
+    seen.count()
     count_SW = count_SV[:, np.searchsorted(hash_V, word_W)]
     rows = [row for a in range(len(sources)) for b in range(a + 1, len(sources)) for row in _compare(seen, count_SW, a, b, cfg)]
     return sorted(rows, key=lambda r: (-r.standing, r.word, r.source_a, r.source_b))[:cfg.rows]
@@ -123,31 +124,43 @@ class _Contexts:
         self.sources, self.word_W, self.context_K, self.window = sources, word_W, context_K, window
         self.count_SHWK = np.zeros((len(sources), 2, len(word_W), len(context_K)), np.int32)
         self.names: dict[int, str] = {}  # of candidates and context words
+        self.unnamed_W, self.unnamed_K = np.ones(len(word_W), bool), np.ones(len(context_K), bool)
         self.examples: dict[tuple[int, int], list[str]] = {}
+        self.wanted_SW = np.full((len(sources), len(word_W)), 3, np.int8)  # examples
+        self.pending: dict[tuple[int, int], list] = {}  # by source and half: documents that are not added up yet
+        self.n_pending = 0  # their words
 
     def add(self, source: str, text: str) -> None:
         words, s = spoken(text), self.sources.index(source)
         half = hashlib.sha256(text.encode(errors="replace")).digest()[0] & 1
         word_N, context_N = _places(self.word_W, words.hash_W), _places(self.context_K, words.hash_W)
-        at = np.flatnonzero(word_N >= 0)
-        for step in (*range(-self.window, 0), *range(1, self.window + 1)):
-            near = at[(at + step >= 0) & (at + step < len(words))]
-            near = near[context_N[near + step] >= 0]
-            np.add.at(self.count_SHWK[s, half], (word_N[near], context_N[near + step]), 1)
-        new = set(words.hash_W[(word_N >= 0) | (context_N >= 0)].tolist()) - self.names.keys()
-        wanted = {w for w in set(word_N[at].tolist()) if len(self.examples.get((s, w), ())) < 3}
-        if new or wanted:
-            self._remember(text, words, s, word_N, new, wanted)
-
-    def _remember(self, text: str, words, s: int, word_N: np.ndarray, new: set[int], wanted: set[int]) -> None:
-        for i, (word, w) in enumerate(zip(words.hash_W.tolist(), word_N.tolist(), strict=True)):
-            if word in new:
-                self.names[word] = text[words.start_W[i]:words.end_W[i]].lower()
-                new.discard(word)
-            if w in wanted:
+        held = self.pending.setdefault((s, half), [])
+        nothing = np.full(self.window, -1)  # so that documents are not each other's context
+        held += [(word_N, context_N), (nothing, nothing)]
+        self.n_pending += len(word_N)
+        if self.n_pending > 1 << 20:
+            self.count()
+        new = np.flatnonzero((self.unnamed_W[word_N] & (word_N >= 0)) | (self.unnamed_K[context_N] & (context_N >= 0)))
+        for i in new.tolist():
+            self.names[int(words.hash_W[i])] = text[words.start_W[i]:words.end_W[i]].lower()
+        self.unnamed_W[word_N[new][word_N[new] >= 0]] = self.unnamed_K[context_N[new][context_N[new] >= 0]] = False
+        for i in np.flatnonzero((self.wanted_SW[s, word_N] > 0) & (word_N >= 0)).tolist():
+            if self.wanted_SW[s, word_N[i]] > 0:
+                self.wanted_SW[s, word_N[i]] -= 1
                 first, last = max(i - 8, 0), min(i + 8, len(words) - 1)
-                self.examples.setdefault((s, w), []).append(" ".join(text[words.start_W[first]:words.end_W[last]].split()))
-                wanted.discard(w)
+                passage = " ".join(text[words.start_W[first]:words.end_W[last]].split())
+                self.examples.setdefault((s, int(word_N[i])), []).append(passage)
+
+    def count(self) -> None:
+        """Adds up what was put by."""
+        for (s, half), held in self.pending.items():
+            word_N, context_N = (np.concatenate(places) for places in zip(*held, strict=True))
+            at = np.flatnonzero(word_N >= 0)
+            for step in (*range(-self.window, 0), *range(1, self.window + 1)):
+                near = at[(at + step >= 0) & (at + step < len(word_N))]
+                near = near[context_N[near + step] >= 0]
+                np.add.at(self.count_SHWK[s, half], (word_N[near], context_N[near + step]), 1)
+        self.pending, self.n_pending = {}, 0
 
     def name(self, word: np.uint64) -> str:
         return self.names[int(word)]

@@ -23,7 +23,7 @@ class LanguageConfig:
     min_score: float = 0.0  # a document whose language is less certain than this is dropped; FineWeb: 0.65
     # characters that are looked at, in pieces from a document's start, middle and end: 300 name the language of clean
     # text, and the time this takes grows with them
-    sample: int = 600
+    sample: int = 450
 
     def __post_init__(self):
         for code in self.keep:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxllm.data.document import Document, Removal
-from jaxllm.data.words import Words, n_grams, spoken
+from jaxllm.data.words import Words, spoken
 from jaxllm.errors import UserError
 
 
@@ -84,21 +84,21 @@ class Phrases:
     """A list of words and phrases that is looked up in all of a text at once, in any case."""
 
     def __init__(self, listed: list[str]):
-        by_length: dict[int, set[int]] = {}
+        self.by_first: dict[int, set[tuple[int, ...]]] = {}  # phrases as hashes of their words, by the first
         for phrase in listed:
-            words = spoken(phrase)
-            if len(words):
-                by_length.setdefault(len(words), set()).add(int(n_grams(words.hash_W, len(words))[0]))
-        self.by_length = {n: np.array(sorted(found), np.uint64) for n, found in sorted(by_length.items())}
+            if hashes := tuple(spoken(phrase).hash_W.tolist()):
+                self.by_first.setdefault(hashes[0], set()).add(hashes)
+        self.maybe = np.zeros(1 << 16, bool)  # whether a word whose hash has these first bits starts a phrase: few do
+        self.maybe[[first >> 48 for first in self.by_first]] = True
 
     def __bool__(self) -> bool:
-        return bool(self.by_length)
+        return bool(self.by_first)
 
     def find(self, words: Words) -> list[tuple[int, int]]:
         """Returns (first word, word after the last) of every listed phrase in a text."""
         found = []
-        for n, listed in self.by_length.items():
-            hash_G = n_grams(words.hash_W, n)
-            at_G = np.minimum(np.searchsorted(listed, hash_G), len(listed) - 1)
-            found += [(int(i), int(i) + n) for i in np.flatnonzero(listed[at_G] == hash_G)]
+        for i in self.maybe[words.hash_W >> np.uint64(48)].nonzero()[0].tolist():
+            for phrase in self.by_first.get(int(words.hash_W[i]), ()):
+                if len(phrase) == 1 or tuple(words.hash_W[i:i + len(phrase)].tolist()) == phrase:
+                    found.append((i, i + len(phrase)))
         return sorted(found)

@@ -234,7 +234,7 @@ class C4:
             if words.length_W.max() > cfg.max_word_length:
                 return "max_word_length"
         n = cfg.min_line_words
-        if n and len(line.split(None, n - 1)) < n and not without_spaces(between_spaces(line)):
+        if n and len(line.split(None, n - 1)) < n and (line.isascii() or not without_spaces(between_spaces(line))):
             return "min_line_words"
         if phrases and any(phrase in line.lower() for phrase in phrases):
             return "phrases"

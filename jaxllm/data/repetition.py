@@ -20,14 +20,20 @@ def top_share(hash_W: np.ndarray, length_W: np.ndarray, n: int, total: int) -> f
     """Returns the share of characters in the most frequent n-gram, 0 where none occurs twice; of several the longest."""
     if len(hash_W) <= n:
         return 0.0
-    hash_G, length_G = n_grams(hash_W, n), _lengths(length_W, n)
-    key_G = np.sort((hash_G & ~_LENGTH) | length_G.astype(np.uint64))  # equal n-grams have equal lengths
-    first_G = np.flatnonzero(np.concatenate(([True], key_G[1:] != key_G[:-1])))
-    count_G = np.diff(first_G, append=len(key_G))
-    top = int(count_G.max())
-    if top == 1:
+    hash_G, sum_W = n_grams(hash_W, n), length_W.cumsum()
+    length_G = sum_W[n - 1:].copy()
+    length_G[1:] -= sum_W[:-n]
+    key_G = (hash_G & ~_LENGTH) | length_G.view(np.uint64)  # equal n-grams have equal lengths
+    key_G.sort()
+    last_G = (key_G[1:] != key_G[:-1]).nonzero()[0]  # of equal ones
+    if len(last_G) == len(key_G) - 1:
         return 0.0
-    longest = int((key_G[first_G[count_G == top]] & _LENGTH).max())
+    last_G = np.append(last_G, len(key_G) - 1)
+    count_G = last_G.copy()
+    count_G[0] += 1
+    count_G[1:] -= last_G[:-1]
+    top = int(count_G.max())
+    longest = int((key_G[last_G[count_G == top]] & _LENGTH).max())
     return top * longest / total
 
 
@@ -55,9 +61,3 @@ def duplicated_share(hash_W: np.ndarray, length_W: np.ndarray, n: int, total: in
     edge_W[repeat_G + n] -= 1
     covered_W = edge_W[:-1].cumsum() > 0
     return int(length_W[covered_W].sum()) / total, np.sort(at_G[order_G[twice_G]])
-
-
-def _lengths(length_W: np.ndarray, n: int) -> np.ndarray:
-    """Returns the characters of every n-gram."""
-    sum_W = np.concatenate(([0], length_W.cumsum()))
-    return sum_W[n:] - sum_W[:-n]

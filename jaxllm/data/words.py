@@ -40,7 +40,7 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-@functools.lru_cache(maxsize=2)  # stages that follow one another ask for the same text
+@functools.lru_cache(maxsize=4)  # stages that follow one another ask for the same text
 def spoken(text: str) -> Words:
     """Returns the runs of letters and digits of a text in lower case, apostrophes inside them included."""
     return split(_lower()[code_points(text)], _letters())
@@ -60,14 +60,14 @@ def between_spaces(text: str) -> Words:
 def split(code_C: np.ndarray, kind_of: np.ndarray) -> Words:
     """Returns the words of a text, given each code point's kind."""
     kind_C = kind_of[code_C]
-    for i in np.flatnonzero(kind_C == INSIDE):  # an apostrophe
+    for i in (kind_C == INSIDE).nonzero()[0].tolist():  # an apostrophe
         kind_C[i] = LETTER if 0 < i < len(kind_C) - 1 and kind_C[i - 1] == kind_C[i + 1] == LETTER else OTHER
     inside_C = kind_C != OTHER
     starts_C = inside_C.copy()
     starts_C[1:] &= (kind_C[1:] == ALONE) | ~inside_C[:-1] | ((kind_C[1:] == LETTER) & (kind_C[:-1] != LETTER))
-    start_W = np.flatnonzero(starts_C)
+    start_W = starts_C.nonzero()[0]
     inside_C[:-1] &= starts_C[1:] | ~inside_C[1:]
-    end_W = np.flatnonzero(inside_C) + 1
+    end_W = inside_C.nonzero()[0] + 1
     return Words(start_W, end_W, _hash(code_C, start_W, end_W), kind_C[start_W] == ALONE)
 
 
@@ -76,7 +76,7 @@ def _hash(code_C: np.ndarray, start_W: np.ndarray, end_W: np.ndarray) -> np.ndar
     power, inverse = _powers(len(code_C))
     sum_C = np.empty(len(code_C) + 1, np.uint64)
     sum_C[0] = 0
-    np.cumsum(code_C * power, out=sum_C[1:])  # modulo 2^64, in which B^i has an inverse
+    (code_C * power).cumsum(out=sum_C[1:])  # modulo 2^64, in which B^i has an inverse
     hash_W = (sum_C[end_W] - sum_C[start_W]) * inverse[start_W]
     return mixed(hash_W)
 
