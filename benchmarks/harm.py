@@ -6,7 +6,8 @@ Trained on: four fifths of the labelled tweets (Davidson et al. 2017; chosen by 
 DiaSafety's training part that were labelled offending or biased (and its safe ones), and ordinary text: wikitext-2's
 validation part, samples of C4 and Wikipedia, Shakespeare, dialogues about orders and worked exercises. Measured on:
 documents of wikitext-2's test part, as they are and with a toxic passage among their sentences, which is one held-out
-tweet, or three that follow one another. Dropped: the share of clean documents, and of those that hold no listed word, as some of wikitext's quote slurs and curses.
+tweet, or three that follow one another. Dropped: the share of clean documents, and of those that hold no listed word,
+as some of wikitext's quote slurs and curses.
 
 HateCheck is measured and not trained on: its sentences differ by what is said of whom, which counts of words do not see.
 """

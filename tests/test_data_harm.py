@@ -168,7 +168,7 @@ def harm(**knobs) -> Harm:
 
 
 def test_one_listed_word_is_not_enough_and_three_or_a_target_are(tmp_path):
-    stage = harm(words=[listed(tmp_path, "grumf", "total blarg")], identity=[listed(tmp_path, "zorks", name="identity.txt")])
+    stage = harm(threshold=0.5, word_weight=0.3, words=[listed(tmp_path, "grumf", "total blarg")], identity=[listed(tmp_path, "zorks", name="identity.txt")])
     for text, score in (("You said grumf once in a while.", 0.3), ("Grumf, total BLARG and grumf.", 1 - 0.7**3),
                         ("All zorks are grumf.", 1 - 0.7 * 0.5), ("The zorks live here in peace.", 0.0), ("A blarg.", 0.0),
                         ("Zorks " + "and so on " * 3 + "grumf", 0.3)):
@@ -183,7 +183,8 @@ def test_a_list_and_a_classifier_join(tmp_path, path):
     alone = document(text)
     harm(action="tag", classifier=HarmClassifierConfig(path=path), threshold=0.99)(alone)
     both = document(text)
-    harm(action="tag", classifier=HarmClassifierConfig(path=path), threshold=0.99, words=[listed(tmp_path, "grumf")])(both)
+    harm(action="tag", classifier=HarmClassifierConfig(path=path), threshold=0.99, words=[listed(tmp_path, "grumf")],
+         word_weight=0.3)(both)
     assert both.meta["harm_score"] == pytest.approx(1 - (1 - alone.meta["harm_score"]) * 0.7, abs=1e-3)
 
 

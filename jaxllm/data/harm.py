@@ -42,9 +42,9 @@ class HarmClassifierConfig:
 class HarmConfig:
     use: bool = False  # measure harm and act on it
     action: Literal["filter", "tag", "redact", "counterfactual"] = "filter"
-    threshold: float = 0.5  # a passage that is harmful with this chance or more is acted on
+    threshold: float = 0.95  # a passage that is harmful with this chance or more is acted on
     words: list[str] = field(default_factory=list)  # files of listed words and phrases, one a line
-    word_weight: float = 0.3  # chance of harm that one listed word stands for
+    word_weight: float = 0.5  # chance of harm that one listed word stands for
     identity: list[str] = field(default_factory=list)  # files of terms for groups of people, one a line
     identity_weight: float = 0.5  # chance of harm that a listed word near such a term adds
     near: int = 6  # words between them, at most
