@@ -9,8 +9,8 @@ class Document:
     id: str  # stable: the input's own, or made of its source, file and place in it
     source: str  # the name under `sources`
     text: str  # of a page, its markup until `extract` has run
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the input said (url, date, …) and what stages found out
-    counts: dict[str, float] = dataclasses.field(default_factory=dict)  # tallies by "stage.what", summed over documents for the report
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the input said (url, date, …), what stages found
+    counts: dict[str, float] = dataclasses.field(default_factory=dict)  # tallies by "stage.what", summed over documents
 
 
 class Removal(NamedTuple):

@@ -1,0 +1,38 @@
+"""Settings of `jaxllm data`. No jax here, and nothing that is slow to import."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxllm.data.raw import RawSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRun:
+    dir: str = "data/clean"  # everything that is written; data.sources.NAME.path of `jaxllm pretrain` takes it as it is
+    seed: int = 0  # of the mixture and of augmentation
+    overwrite: bool = False  # delete what an earlier run left in `dir` and start anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    max_bytes: int = 16 << 20  # a longer document is removed
+    on_error: Literal["count", "stop"] = "count"  # what a document that cannot be read does: it is removed, or all stops
+
+    def __post_init__(self):
+        if not 1 <= self.max_bytes <= 1 << 30:
+            raise ValueError(f"read.max_bytes={self.max_bytes}: should be 1 to {1 << 30}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    format: Literal["jsonl", "parquet"] = "jsonl"  # of documents/: part-*.jsonl.zst, or part-*.parquet
+    samples: int = 100  # documents of each rule, chosen by a hash of their ids, whose text is kept in removed-text/ for review
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerb:
+    run: DataRun = field(default_factory=DataRun)
+    sources: dict[str, RawSource] = field(default_factory=dict)
+    read: ReadConfig = field(default_factory=ReadConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    workers: int = 0  # processes; 0: one a core. The result does not depend on it

@@ -1,0 +1,115 @@
+"""Records out of WARC, JSON-lines and Parquet files: each yields (data, id, metadata, problem)."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+from jaxllm.data.streams import Stream
+from jaxllm.errors import UserError
+
+CHUNK = 1 << 20
+Record = tuple[bytes | str | None, str, dict, str]
+
+
+def json_lines(path: pathlib.Path, source, max_bytes: int) -> Iterator[Record]:
+    """Yields a record a line. A line that is too long is passed over without being held in memory."""
+    for line in _lines(path, 8 * max_bytes):  # escapes in JSON take up to six bytes a byte
+        if line is None:
+            yield None, "", {}, "a line that is too long"
+        elif line.strip():
+            yield _of_json(line, source)
+
+
+def _lines(path: pathlib.Path, limit: int) -> Iterator[bytes | None]:
+    held, skipping = bytearray(), False
+    with Stream(path) as stream:
+        chunk = stream.read_start(CHUNK)
+        while chunk:
+            *complete, rest = chunk.split(b"\n")
+            for line in complete:
+                if skipping:
+                    yield None
+                else:
+                    yield bytes(held) + line
+                held.clear()
+                skipping = False
+            if not skipping:
+                held += rest
+            if len(held) > limit:
+                held.clear()
+                skipping = True
+            chunk = stream.read(CHUNK)
+    if skipping or held:
+        yield None if skipping else bytes(held)
+
+
+def _of_json(line: bytes, source) -> Record:
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError:
+        try:
+            found = json.loads(line.decode(errors="replace"))
+        except (ValueError, RecursionError):
+            return None, "", {}, "not JSON"
+    except (ValueError, RecursionError):
+        return None, "", {}, "not JSON"
+    if not isinstance(found, dict):
+        return None, "", {}, f"a JSON {type(found).__name__}, should be an object"
+    text, given = found.pop(source.text_key, None), found.pop(source.id_key, "")
+    if not isinstance(text, str):
+        return None, str(given), {}, f"no string in field {source.text_key!r}"
+    meta = found.pop("meta", None)
+    meta = found | meta if isinstance(meta, dict) else found
+    meta.pop("format", None)
+    return text.encode("utf-8", "replace"), str(given if given is not None else ""), meta, ""
+
+
+def parquet_rows(path: pathlib.Path, source) -> Iterator[Record]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise _mistake(f"{path}: reading Parquet needs pyarrow: pip install 'jaxllm[parquet]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if source.text_key not in names:
+            raise _mistake(f"{path}: no column {source.text_key!r} (found: {', '.join(names[:12])})")
+        for batch in file.iter_batches(batch_size=128):
+            for row in batch.to_pylist():
+                text, given = row.pop(source.text_key), row.pop(source.id_key, "")
+                text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+                problem = "" if isinstance(text, bytes) else f"no string in column {source.text_key!r}"
+                row.pop("format", None)
+                yield (text if not problem else None), str(given if given is not None else ""), row, problem
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"cannot be read as Parquet: {str(e).splitlines()[0]}") from None
+
+
+def _mistake(message: str) -> UserError:
+    error = UserError(message)
+    error.settings = True
+    return error
+
+
+def warc_pages(path: pathlib.Path) -> Iterator[Record]:
+    """Yields the response records (and plain resources) that hold HTML or text (ISO 28500)."""
+    try:
+        from fastwarc.stream_io import StreamError
+        from fastwarc.warc import ArchiveIterator, WarcRecordType
+    except ModuleNotFoundError:
+        raise _mistake(f"{path}: reading WARC needs fastwarc: pip install 'jaxllm[data]'") from None
+    try:
+        with path.open("rb") as raw:
+            wanted = WarcRecordType.response | WarcRecordType.resource
+            for record in ArchiveIterator(raw, record_types=wanted, parse_http=True):
+                kind = (record.http_content_type or record.headers.get("Content-Type") or "").split(";")[0].strip().lower()
+                if kind not in ("text/html", "application/xhtml+xml", "text/plain"):
+                    continue
+                meta = {"url": record.headers.get("WARC-Target-URI", ""), "date": record.headers.get("WARC-Date", ""),
+                        "format": "text" if kind == "text/plain" else "html"}
+                if record.http_charset:
+                    meta["charset"] = record.http_charset
+                yield record.reader.read(), record.record_id or "", meta, ""
+    except (StreamError, OSError, EOFError) as e:
+        raise UserError(f"damaged, or ends early: {e}") from None
