@@ -1,11 +1,14 @@
 """Filters decide as their papers say: each rule has a text just inside its threshold and one just outside."""
 
 import collections
+import dataclasses
 import random
 
 import pytest
 
+from jaxllm import config
 from jaxllm.data.document import Document
+from jaxllm.data.filters import FilterConfig, Filters
 from jaxllm.data.quality import C4, C4Config, FineWeb, FineWebConfig, Gopher, GopherConfig, n_sentences
 from jaxllm.data.repetition import duplicated_share, repeated_lines, top_share
 from jaxllm.data.words import between_spaces, hash_of, spoken
@@ -259,6 +262,20 @@ def test_equal_words_have_equal_hashes_wherever_they_stand():
 def test_a_threshold_that_cannot_be_is_named(make, part):
     with pytest.raises(ValueError, match=part):
         make()
+
+
+def test_thresholds_are_settings():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Verb:
+        filter: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+
+    cfg = config.load(Verb, None, ["filter.gopher.min_words=10", "filter.gopher.min_stop_words=null", "filter.c4.min_sentences=1",
+                                   "filter.fineweb.use=false", "filter.gopher.max_top_n_grams=[]"]).filter
+    text = "Only ten words stand in this line, with no end"
+    assert decide(Filters(FilterConfig()), text) == "gopher.min_words"
+    assert decide(Filters(cfg), text) is None
+    help_text = config.help_text(Verb, "usage")
+    assert "--filter.gopher.max_duplicate_lines=float|null [0.3]" in help_text
 
 
 def test_deciding_twice_gives_the_same_and_plain_values():

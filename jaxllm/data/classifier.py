@@ -30,7 +30,7 @@ class TrainingConfig:
     good: str = ""  # texts to be like: a folder, glob or file as under `sources`
     bad: str = ""  # texts to be unlike
     labelled: str = ""  # or both in one: .jsonl with a text and a label a line
-    text_key: str = "text"
+    text_key: str = "text"  # the field that holds the text
     label_key: str = "label"  # 1 or true: bad (harmful); 0 or false: good
     passage_words: int = 40  # words of a passage
     bits: int = 20  # 2 to the power of this many weights
@@ -38,10 +38,10 @@ class TrainingConfig:
     # times that a text of a few passages is also shown among words of good texts: by it the classifier learns to find it
     # there, and not that tweets are unlike books
     planted: int = 0
-    epochs: int = 3
-    lr: float = 0.1
+    epochs: int = 3  # times that every passage is seen
+    lr: float = 0.1  # step of AdaGrad
     max_passages: int = 200_000  # of each class that are trained on: every n-th one of more
-    seed: int = 0
+    seed: int = 0  # of the order and of what is planted
 
     def __post_init__(self):
         for name, ok, should in (("passage_words", self.passage_words >= 2, "at least 2"),

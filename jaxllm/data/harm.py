@@ -48,13 +48,13 @@ class HarmConfig:
     identity: list[str] = field(default_factory=list)  # files of terms for groups of people, one a line
     identity_weight: float = 0.5  # chance of harm that a listed word near such a term adds
     near: int = 6  # words between them, at most
-    classifier: HarmClassifierConfig = field(default_factory=HarmClassifierConfig)
     passage_words: int = 12  # words of a passage where there is no classifier, which brings its own
     tag: str = "<|harmful|>"  # tag: goes in front of a harmful document
     clean_tag: str = ""  # tag: goes in front of all others
     redaction: str = "[removed]"  # redact: what stands for harmful sentences
     pairs: str = ""  # counterfactual: .csv of two words a line; empty: English words for women and men
     swapped: float = 0.5  # counterfactual: share of documents, chosen by a hash of their id
+    classifier: HarmClassifierConfig = field(default_factory=HarmClassifierConfig)
 
     def __post_init__(self):
         for name in ("threshold", "word_weight", "identity_weight", "swapped"):

@@ -30,8 +30,8 @@ class GopherConfig:
     use: bool = True  # the rules below
     min_words: int | None = 50  # fewer: dropped
     max_words: int | None = 100_000  # more: dropped
-    min_word_length: float | None = 3.0  # mean characters of a word
-    max_word_length: float | None = 10.0
+    min_word_length: float | None = 3.0  # mean characters of a word: shorter is dropped
+    max_word_length: float | None = 10.0  # longer on average: dropped
     max_symbols: float | None = 0.1  # hash signs a word, and ellipses a word
     max_bullet_lines: float | None = 0.9  # share of lines that start with a bullet point
     max_ellipsis_lines: float | None = 0.3  # share of lines that end with an ellipsis
@@ -39,9 +39,9 @@ class GopherConfig:
     min_stop_words: int | None = 2  # different ones of stop_words that occur; only where the text's language is English
     stop_words: list[str] = field(default_factory=lambda: ["the", "be", "to", "of", "and", "that", "have", "with"])
     max_duplicate_lines: float | None = 0.3  # share of lines that occurred before
-    max_duplicate_paragraphs: float | None = 0.3
-    max_duplicate_line_characters: float | None = 0.2  # the same, of characters in them
-    max_duplicate_paragraph_characters: float | None = 0.2
+    max_duplicate_paragraphs: float | None = 0.3  # share of paragraphs that occurred before
+    max_duplicate_line_characters: float | None = 0.2  # share of characters in such lines
+    max_duplicate_paragraph_characters: float | None = 0.2  # and in such paragraphs
     # share of characters in the most frequent 2-, 3- and 4-gram of words; [] turns the rule off
     max_top_n_grams: list[float] = field(default_factory=lambda: [0.2, 0.18, 0.16])
     # share of characters in 5-, 6-, … 10-grams that occurred before
