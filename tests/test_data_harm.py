@@ -83,8 +83,9 @@ def test_planted_passages_are_found_in_long_documents(trained):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 11, 12, 13, 40])
-def test_a_passage_is_scored_as_if_it_stood_alone(trained, n):
-    words = [random.Random(n).choice(PLAIN + BAD) for _ in range(n)]
+def test_a_passage_is_scored_as_if_it_stood_alone(n):
+    trained = c.Classifier(np.random.default_rng(n).normal(size=1 << 12).astype(np.float32), 0.5, 12, {})
+    words = random.Random(n).choices(PLAIN + BAD, k=n)
     found = trained.passages(spoken(" ".join(words)))
     assert len(found.start_P) >= 1 and found.end_P[-1] == n
     covered = set()

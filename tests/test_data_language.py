@@ -69,8 +69,7 @@ def test_lines_capitals_and_half_characters_change_nothing():
 
 def test_a_long_document_is_what_its_start_middle_and_end_are():
     named = stage(sample=300)
-    menu = "Home | About | Login | " * 40
-    assert named.identify(menu + SENTENCES["de"] * 200)[0] == "de"
+    assert named.identify(SENTENCES["fr"] * 5 + SENTENCES["de"] * 200)[0] == "de"
     text = "".join(map(chr, range(1000)))
     assert pieces(text, 1000) == text
     assert pieces(text, 300) == f"{text[:100]} {text[450:550]} {text[-100:]}"

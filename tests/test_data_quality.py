@@ -121,7 +121,11 @@ def naive(words: list[str], n: int) -> tuple[float, float]:
 def test_repetition_is_that_of_counting_one_by_one(vocabulary, size):
     draw = random.Random(vocabulary)
     for _ in range(5):
-        words = [word(draw.randrange(vocabulary), draw.choice([3, 5])) for _ in range(size)]
+        words = []
+        while len(words) < size:
+            first = draw.randrange(len(words) + 1)
+            words += words[first:first + draw.randrange(20)] if draw.random() < 0.1 else [
+                word(draw.randrange(vocabulary), draw.choice([3, 5]))]
         found, before = between_spaces(" ".join(words)), None
         total = sum(map(len, words))
         for n in range(2, 11):
