@@ -15,6 +15,7 @@ listed word is not enough unless the config says so.
     W words of a text, P passages
 """
 
+import bisect
 import itertools
 import re
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from jaxllm.data.lists import Phrases, entries
 from jaxllm.data.words import Words, spoken
 from jaxllm.errors import UserError
 
+_LONGEST = 1000  # characters of a sentence; what is longer is none
 _SENTENCE_END = re.compile(r"[.!?。！？।؟][\"'”’)\]]*\s*|\n+")
 
 
@@ -154,10 +156,13 @@ class Harm:
         for whole in (False, False, True, True, True):  # sentences; then what is harmful only together
             if not found:
                 break
-            cut = _joined(*np.array([part for span in found for part in self._parts(doc.text, span, whole)]).T)
-            for a, b in reversed(cut):
-                tail = doc.text[a:b][len(doc.text[a:b].rstrip()):]
-                doc.text = doc.text[:a] + self.cfg.redaction + tail + doc.text[b:]
+            cut = _joined(*np.array(found if whole else self._sentences(doc.text, found)).T)
+            out, at = [], 0
+            for a, b in cut:
+                removed = doc.text[a:b]
+                out += [doc.text[at:a], self.cfg.redaction, removed[len(removed.rstrip()):]]
+                at = b
+            doc.text = "".join([*out, doc.text[at:]])
             doc.counts["harm.redacted"] = doc.counts.get("harm.redacted", 0) + len(cut)
             score, found = self._harmful(doc.text)
         if found:  # e.g. a redaction that is itself listed
@@ -165,13 +170,14 @@ class Harm:
         self._count(doc, "after", score, found)
         return None
 
-    def _parts(self, text: str, span: tuple[int, int], whole: bool) -> list[tuple[int, int]]:
-        """Returns the sentences that reach into a span and are harmful alone; the span where there are none, or if `whole`."""
-        if whole:
-            return [span]
-        ends = [0, *(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]
-        sentences = [(a, b) for a, b in itertools.pairwise(ends) if a < span[1] and b > span[0] and a < b]
-        return [(a, b) for a, b in sentences if self._harmful(text[a:b])[1]] or [span]
+    def _sentences(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Returns the sentences that reach into harmful spans and are harmful alone; a span as it is where none are."""
+        ends, out = [0, *(m.end() for m in _SENTENCE_END.finditer(text)), len(text)], []
+        for start, end in spans:
+            reach = ends[bisect.bisect_right(ends, start) - 1:bisect.bisect_left(ends, end) + 1]
+            out += [(a, b) for a, b in itertools.pairwise(reach) if a < b <= a + _LONGEST and self._harmful(text[a:b])[1]] or [
+                (start, end)]
+        return out
 
     def _swap(self, doc: Document) -> None:
         before = self.swap.tally(doc.text)
