@@ -50,7 +50,7 @@ def test_imports_point_one_way(path):
     assert not wrong, f"{own} must not import {wrong}"
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "report.page",
+@pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "data.filters", "data.language", "data.harm", "data.homographs", "report.page",
                                     "train.config", "generate.config", "doctor", "data.mixture", "data.review.verb"])  # data.loader: grain imports jax itself
 @pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.extract", "data.clean", "data.privacy", "data.augment", "data.tokenizer", "report.page",
                                     "train.config", "generate.config", "doctor"])  # data.loader: grain imports jax itself
