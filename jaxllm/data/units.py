@@ -11,6 +11,7 @@ C characters, W words
 
 import functools
 import unicodedata
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,15 @@ def units(text: str) -> Units:
         return pieces[0]
     empty = Units(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Units(*(np.concatenate(arrays) for arrays in zip(empty, *pieces, strict=True)))
+
+
+def units_of_each(texts: Sequence[str]) -> list[Units]:
+    """Returns the words of each text; faster than one by one where texts are short."""
+    found = units("\n".join(texts))
+    begins = np.concatenate([[0], np.cumsum([len(text) + 1 for text in texts], dtype=np.int64)])
+    cuts = np.searchsorted(found.start_W, begins)
+    return [Units(found.hash_W[a:b], found.start_W[a:b] - begin, found.end_W[a:b] - begin)
+            for a, b, begin in zip(cuts[:-1], cuts[1:], begins[:-1], strict=True)]
 
 
 def characters(text: str) -> np.ndarray:
