@@ -90,8 +90,8 @@ def test_documents_without_items_stay(made, stage):
 def test_only_the_item_is_cut(made):
     folder, tasks, texts = made
     stage = Decontaminate(DecontaminateConfig(folder=str(folder), action="span"))
-    item, host = stage.index.text[0], texts["quiz"][0]
-    assert item in tasks["quiz"][0] and len(item) > len(tasks["quiz"][0]) - 15  # a common first word may count as the template's
+    item, host = tasks["quiz"][0], texts["quiz"][0]
+    assert stage.index.text[0] == item
     doc = Document("1", "a", f"{host}\n\n{item}\n\n{texts['quiz'][1]}")
     assert stage(doc) is None
     assert doc.text == f"{host}\n\n\n\n{texts['quiz'][1]}"

@@ -8,7 +8,7 @@
    From `similarity` on, the item is there. A seed never counts alone.
 3. An item of `exact_words` to `min_words` words counts only as it stands, word for word. Shorter ones are not looked for.
 
-What all items of a task begin or end with ("Question:", "Answer:", instructions) is not part of them.
+What a fifth of a task's items begin or end with ("Question:", "Answer:", instructions) is not part of them.
 
 W words of a document, S seeds, H places where a document has a seed
 """
@@ -29,6 +29,7 @@ SEED = 3  # words
 GRAM, UNSPACED_GRAM = 4, 2  # characters of a sequence; in scripts without spaces
 FEW, MOST = 4, 32  # seeds of an item
 NEED = 0.2  # share of an item's seeds that a place must have to be compared
+TEMPLATE = 0.2  # share of a task's items that have a sequence, from which it is none of the item's
 PLACES = 256  # of a document, are compared: those with the most seeds
 
 
@@ -110,14 +111,14 @@ def _bodies(all_items, cfg: DecontaminateConfig) -> tuple[list[tuple[str, np.nda
         some = [pair for pair in each if len(pair[1].hash_W) >= (cfg.exact_words if pair is each[0] else eval_items.LONG)]
         skipped += not some
         chosen |= {words.hash_W.tobytes(): (text, words) for text, words in some}
-    grams = [units.windows(words.hash_W, SEED) for _, words in chosen.values()]
-    template = _shared_by(grams) > max(10, 0.05 * len(grams))
+    edge = np.full(SEED - 1, units.ROOT, np.uint64)  # so that one word alone can be what items begin or end with
+    grams = [units.windows(np.concatenate([edge, words.hash_W, edge]), SEED) for _, words in chosen.values()]
+    template = _shared_by(grams) > max(10, TEMPLATE * len(grams))
     bodies, at = [], 0
     for (text, (hash_W, start_W, end_W)), gram in zip(chosen.values(), grams, strict=True):
         own = np.flatnonzero(~template[at : at + len(gram)])
         at += len(gram)
-        first = int(own[0]) + (SEED - 1) * (own[0] > 0) if len(own) else 0  # the first word of no template
-        last = int(own[-1]) + (SEED if own[-1] == len(gram) - 1 else 1) if len(own) else len(hash_W)
+        first, last = (int(own[0]), int(own[-1]) - SEED + 2) if len(own) else (0, 0)  # without the template's words
         if last - first < min(cfg.min_words, len(hash_W)):
             first, last = 0, len(hash_W)
         bodies.append((text[start_W[first] : end_W[last - 1]], hash_W[first:last]))
