@@ -114,8 +114,8 @@ def peers(made: Planted) -> None:
         base = base or total
         recall = np.mean([first[a] == first[b] for a, b in pairs])
         false = sum(label[i] != label[k] for i, k in enumerate(first))
-        print(f"{name:11} signatures {size / signed / 1e6:6.1f} MB/s, all {size / total / 1e6:6.1f} MB/s (time x {total / base:.1f}), "
-              f"recall {recall:.4f}, false removals {false / n:.4%}, peak + {memory:.0f} MB")
+        print(f"{name:11} signatures {size / signed / 1e6:6.1f} MB/s, all {size / total / 1e6:6.1f} MB/s "
+              f"(time x {total / base:.1f}), recall {recall:.4f}, false removals {false / n:.4%}, peak + {memory:.0f} MB")
 
 
 def sign(texts: list[str]) -> float:

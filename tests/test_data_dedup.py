@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from planted import planted, shingle_set, similarity, words_of
 
-from jaxllm.data import minhash, signatures, units
+from jaxllm.data import minhash, signatures, substrings, units
 from jaxllm.data.dedup import decide
+from jaxllm.data.document import Document, Removal
 from jaxllm.data.minhash import DedupConfig
+from jaxllm.data.repeats import LineCounts, Repeats, RepeatsConfig, line_hashes
+from jaxllm.data.substrings import SubstringsConfig
 from jaxllm.errors import UserError
 
 CFG = DedupConfig()
@@ -190,3 +193,83 @@ def test_mistakes_are_said(tmp_path):
         signatures.load_earlier(DedupConfig(earlier=(str(tmp_path),)))
     with pytest.raises(ValueError, match="quality of document 1"):
         decided(["a", "b"], quality_N=np.array([1, np.nan]))
+
+
+# ---------------------------------------------------------------- lines and passages
+
+
+def test_repeated_lines_go(made):
+    """A document's second copy of a line, and lines of more documents than `max_documents`; nothing else."""
+    cfg = RepeatsConfig(max_documents=3, table_bits=12, min_words=3)
+    menu, often = "Home | News | About | Log in\n", "The end of the story.\n"
+    texts = [f"{menu if i < 4 else ''}line {i} of its own\n{often if i < 3 else ''}ok\nok\nline {i} of its own\nlast {i} is here" for i in range(6)]
+    halves = [LineCounts(cfg), LineCounts(cfg)]
+    for i, text in enumerate(texts):
+        halves[i % 2].add(line_hashes(text, cfg))
+    halves[0].merge(halves[1])
+    stage = Repeats(cfg, halves[0])
+    for i, text in enumerate(texts):
+        doc = Document(str(i), "a", text)
+        assert stage(doc) is None
+        assert doc.text == f"line {i} of its own\n{often if i < 3 else ''}ok\nok\nlast {i} is here"
+        assert doc.counts == {"repeats.lines_within": 1} | ({"repeats.lines_across": 1} if i < 4 else {})
+    assert stage(Document("x", "a", menu * 3)) == Removal("repeats.removed_share", 1.0)
+    assert stage(doc := Document("x", "a", made.texts[0])) is None and doc.text == made.texts[0]
+
+
+def test_repeated_paragraphs_go():
+    """Paragraphs are compared as a whole: lines that they share stay."""
+    cfg = RepeatsConfig(unit="paragraph", max_documents=None, min_words=2)
+    doc = Document("1", "a", "one line here\nand another\n\none line here\n  \n\nOne line here\nand another\n\nlast words\n")
+    assert Repeats(cfg)(doc) is None
+    assert doc.text == "one line here\nand another\n\none line here\n  \n\nlast words\n"
+    assert doc.counts == {"repeats.lines_within": 1}
+
+
+def test_counts_of_lines_are_never_too_low():
+    """Workers' tables add up to the table of all, counters stop at their largest, and few counts are too high."""
+    cfg, pick = RepeatsConfig(table_bits=12), np.random.default_rng(0)
+    line = pick.integers(0, 1 << 63, 2000, dtype=np.uint64) * np.uint64(2)
+    counts, whole = [LineCounts(cfg) for _ in range(3)], LineCounts(cfg)
+    for i in range(30):
+        some = line[: 2000 if i < 3 else 20]
+        counts[i % 3].add(some)
+        whole.add(some)
+    for other in counts[1:]:
+        counts[0].merge(other)
+    np.testing.assert_array_equal(counts[0].table_2C, whole.table_2C)
+    true = np.where(np.arange(2000) < 20, 30, 3)
+    assert (whole.count(line) >= true).all() and (whole.count(line) > true).mean() < 0.25  # (1 - e^(-2000/4096))^2 = .15
+    whole.add(np.full(70_000, line[0]))
+    whole.add(line[:1])
+    assert whole.count(line[:1]) == 65535
+    whole.merge(counts[0])
+    assert whole.count(line[:1]) == 65535
+
+
+def test_long_passages_go_where_they_occur_again(monkeypatch):
+    """What is cut is what plain Python finds: bytes of windows that occurred before; whatever the parts of the sort."""
+    pick, n = random.Random(0), 16
+    passage = ["".join(pick.choices("abcä日", k=k)) for k in (15, 20, 40)]
+    texts = ["".join(pick.choices([*passage, "xyz", "12345678"], k=6)) for _ in range(30)] + ["", "kurz"]
+    seen, expected = set(), []
+    for text in texts:
+        raw = text.encode()
+        marked = [False] * len(raw)
+        for i in range(len(raw) - n + 1):
+            if raw[i : i + n] in seen:
+                marked[i : i + n] = [True] * n
+            seen.add(raw[i : i + n])
+        at, left = 0, ""
+        for c in text:
+            left += "" if all(marked[at : at + len(c.encode())]) else c
+            at += len(c.encode())
+        expected.append(left)
+    cfg = SubstringsConfig(min_bytes=n)
+    cut = [substrings.without(t, r) for t, r in zip(texts, substrings.repeated(texts, cfg), strict=True)]
+    assert cut == expected and sum(map(len, cut)) < 0.5 * sum(map(len, texts))
+    monkeypatch.setattr(substrings, "PART", 100)
+    assert [substrings.without(t, r) for t, r in zip(texts, substrings.repeated(texts, cfg), strict=True)] == expected
+    assert substrings.repeated([], cfg) == []
+    with pytest.raises(UserError, match=r"substrings.max_shard_mb=1: the shard has 2 MB"):
+        substrings.repeated(["a" * 2_000_000], SubstringsConfig(max_shard_mb=1))
