@@ -87,6 +87,16 @@ def test_documents_without_items_stay(made, stage):
     assert stage(Document("1", "a", "")) is None
 
 
+def test_a_part_of_an_item_is_not_the_item(made, stage):
+    """A third of an item's words, in a row, is no reason to remove a document."""
+    for task, items in made[1].items():
+        apart = " " if task == "quiz" else ""
+        for item in items[:100]:
+            words = item.split(" ") if apart else list(item)
+            part = apart.join(words[: max(len(words) // 3, 4)])
+            assert stage(Document("1", "a", f"{made[2][task][0]}\n{part}\n{made[2][task][1]}")) is None
+
+
 def test_only_the_item_is_cut(made):
     folder, tasks, texts = made
     stage = Decontaminate(DecontaminateConfig(folder=str(folder), action="span"))
@@ -110,6 +120,17 @@ def test_what_many_items_share_does_not_count_alone(tmp_path):
     stage = Decontaminate(DecontaminateConfig(folder=str(tmp_path)))
     assert all(stage(Document("1", "a", "before " + item)) for item in items)
     assert stage(Document("1", "a", " ".join(frame[:20]) + " and other words follow " + " ".join(frame[40:]))) is None
+
+
+def test_variants_of_one_text_are_all_found(tmp_path):
+    """An item all of whose sequences are in many items is looked for all the same."""
+    pick = random.Random(0)
+    parts = [[" ".join(f"{part}{i}w{j}" for j in range(4)) for i in range(6)] for part in "abc"]
+    items = [f"{a} {b} {c}" for a in parts[0] for b in parts[1] for c in parts[2] if pick.random() < 0.98]
+    (tmp_path / "t.txt").write_text("\n".join([*items, *(f"other item number {i} about thing {i} and matter {i}" for i in range(900))]))
+    stage = Decontaminate(DecontaminateConfig(folder=str(tmp_path), common=4))
+    found = [stage(Document("1", "a", "before it " + item.replace("w3", "w3,") + " and after")) for item in items]
+    assert all(found)
 
 
 def test_short_items_count_word_for_word(tmp_path):

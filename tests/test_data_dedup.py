@@ -54,6 +54,8 @@ def test_words_are_those_of_plain_python():
         "the|quick|brown|fox|s|äpfel|日|本|語|テ|キ|ス|ト|x|y|42|")
     one, other = (units.units(t).hash_W for t in ("THE brown", "a brown the"))
     assert one[0] == other[2] and one[1] == other[1] and one[0] != one[1]
+    np.testing.assert_array_equal(units.units("THE ÄPFEL Straße").hash_W, units.units("the äpfel (STRAßE)").hash_W)
+    assert units.units("THE é").hash_W[0] == one[0]  # a text of ASCII alone goes another way
 
 
 def test_long_texts_are_cut_without_a_trace(monkeypatch):

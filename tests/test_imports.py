@@ -50,7 +50,7 @@ def test_imports_point_one_way(path):
     assert not wrong, f"{own} must not import {wrong}"
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "report.page",
+@pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "data.dedup", "data.decontaminate", "data.repeats", "data.substrings", "report.page",
                                     "train.config", "generate.config", "doctor"])  # data.loader: grain imports jax itself
 def test_what_needs_no_device_imports_no_jax(module):
     code = f"import sys, jaxllm.{module}; sys.exit('jax' in sys.modules)"

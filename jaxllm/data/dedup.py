@@ -24,7 +24,8 @@ from jaxllm.data.minhash import EMPTY, EXACT, DedupConfig, jaccard, width
 from jaxllm.data.signatures import Earlier
 
 ROWS = 1 << 14  # rows of signatures in memory at once
-DOUBT = 5  # standard deviations that a signature's estimate may be off
+DOUBT = 4  # standard deviations that a signature's estimate may be off
+PATIENCE = 64  # comparisons in vain after which two documents are compared only where the estimate itself reaches the threshold
 REJECTED = 1 << 20  # pairs remembered as different
 
 
@@ -120,6 +121,7 @@ class _Pairs:
         self.parent_U = np.arange(len(unique_U))
         self.earlier_U = unique_U >= n
         self.cache, self.cached = collections.OrderedDict(), 0
+        self.in_vain_U = np.zeros(len(unique_U), np.int32)
         self.rejected: set[tuple[int, int]] = set()
         self.compared = self.estimated = 0
 
@@ -170,7 +172,8 @@ class _Pairs:
             return
         k, t = self.cfg.bands * self.cfg.rows, self.cfg.threshold
         share_P = self._agreement(a_P, b_P)
-        likely_P = share_P >= t - DOUBT * (t * (1 - t) / k) ** 0.5 - 1 / k
+        doubt_P = (DOUBT * (t * (1 - t) / k) ** 0.5 + 1 / k) * (self.in_vain_U[a_P] + self.in_vain_U[b_P] < PATIENCE)
+        likely_P = share_P >= t - doubt_P
         for a, b, share in zip(a_P[likely_P].tolist(), b_P[likely_P].tolist(), share_P[likely_P].tolist(), strict=True):
             pair = (min(a, b), max(a, b))
             if pair in self.rejected or self._find(a) == self._find(b):
@@ -182,6 +185,7 @@ class _Pairs:
                 if len(self.rejected) >= REJECTED:
                     self.rejected.clear()
                 self.rejected.add(pair)
+                self.in_vain_U[[a, b]] += 1
 
     def _agreement(self, a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
         return np.concatenate([(self._rows(a_P[i : i + 1024]) == self._rows(b_P[i : i + 1024])).mean(axis=1)
