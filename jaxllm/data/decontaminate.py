@@ -6,7 +6,7 @@
    whole item: the share of the item's different 4-character sequences (2 in scripts without spaces) that occur there, letters
    and digits alone, case apart.
    From `similarity` on, the item is there. A seed never counts alone.
-3. An item of `exact_words` to `min_words` words counts only as it stands, word for word. Shorter ones are not looked for.
+3. A short item has to be more alike: `short_similarity`. One of fewer than `min_words` words is not looked for.
 
 What a fifth of a task's items begin or end with ("Question:", "Answer:", instructions) is not part of them.
 
@@ -39,15 +39,16 @@ class DecontaminateConfig:
     tasks: tuple[str, ...] = ("*",)  # which of them: patterns of paths within the folder, without endings, e.g. "gsm8k/test"
     action: Literal["document", "span"] = "document"  # what goes: the whole document, or the item's words in it
     similarity: float = 0.7  # share of an item's 4-character (Chinese, Japanese, …: 2) sequences that a place must have
-    min_words: int = 8  # items of fewer words count only word for word
-    exact_words: int = 5  # items of fewer words are not looked for
+    long_words: int = 8  # of items of fewer words, a place must have `short_similarity`
+    short_similarity: float = 0.8  # the same for short items
+    min_words: int = 5  # items of fewer words are not looked for
     common: int = 8  # a 3-word sequence that more items share is a template's
 
     def __post_init__(self):
         for name, ok, should in (
             ("similarity", 0 < self.similarity <= 1, "in (0, 1]"),
-            ("exact_words", self.exact_words >= SEED, f"at least {SEED}"),
-            ("min_words", self.min_words >= self.exact_words, f"at least exact_words={self.exact_words}"),
+            ("short_similarity", 0 < self.short_similarity <= 1, "in (0, 1]"),
+            ("min_words", self.min_words >= SEED, f"at least {SEED}"),
             ("common", self.common >= 1, "at least 1"),
         ):
             if not ok:
@@ -96,7 +97,7 @@ def build_index(cfg: DecontaminateConfig) -> Index:
         looked_for[name] += len(bodies)
         too_short[name] += skipped
     if not text:
-        raise UserError(f"decontaminate.folder={cfg.folder}: no item has decontaminate.exact_words={cfg.exact_words} words")
+        raise UserError(f"decontaminate.folder={cfg.folder}: no item has decontaminate.min_words={cfg.min_words} words")
     hash_S, item_S, place_S = _seeds(hash_WN, cfg)
     words, seeds = np.array([len(one) for one in hash_WN], np.int32), np.bincount(item_S, minlength=len(text))
     return Index(hash_S, item_S, place_S, text, task, words, seeds, dict(looked_for), dict(too_short))
@@ -108,7 +109,7 @@ def _bodies(all_items, cfg: DecontaminateConfig) -> tuple[list[tuple[str, np.nda
     words_of_each = iter(units.units_of_each([text for texts in all_items for text in texts]))
     for texts in all_items:
         each = sorted(((text, next(words_of_each)) for text in texts), key=lambda pair: -len(pair[1].hash_W))
-        some = [pair for pair in each if len(pair[1].hash_W) >= (cfg.exact_words if pair is each[0] else eval_items.LONG)]
+        some = [pair for pair in each if len(pair[1].hash_W) >= (cfg.min_words if pair is each[0] else eval_items.LONG)]
         skipped += not some
         chosen |= {words.hash_W.tobytes(): (text, words) for text, words in some}
     edge = np.full(SEED - 1, units.ROOT, np.uint64)  # so that one word alone can be what items begin or end with
@@ -119,7 +120,7 @@ def _bodies(all_items, cfg: DecontaminateConfig) -> tuple[list[tuple[str, np.nda
         own = np.flatnonzero(~template[at : at + len(gram)])
         at += len(gram)
         first, last = (int(own[0]), int(own[-1]) - SEED + 2) if len(own) else (0, 0)  # without the template's words
-        if last - first < min(cfg.min_words, len(hash_W)):
+        if last - first < min(cfg.long_words, len(hash_W)):
             first, last = 0, len(hash_W)
         bodies.append((text[start_W[first] : end_W[last - 1]], hash_W[first:last]))
     return bodies, skipped
@@ -196,18 +197,12 @@ class Decontaminate:
         """Returns (item, similarity, first character, end) of each place that holds an item."""
         words, found = units.units(text), []
         for item, first, last in self._places(words.hash_W):
-            n, exact = int(self.index.words[item]), self.index.words[item] < self.cfg.min_words
-            if exact:
-                for at in range(max(first, 0), last + 1):
-                    if np.array_equal(words.hash_W[at : at + n], units.units(self.index.text[item]).hash_W):
-                        found.append((item, 1.0, int(words.start_W[at]), int(words.end_W[at + n - 1])))
-                        break
-                continue
+            n = int(self.index.words[item])
             slack = max(3, n // 8)
             a, b = max(first - slack, 0), min(last + n + slack, len(words.hash_W))
             gram, mine = self.grams_of(item)
             similarity = _containment(mine, _grams(text[words.start_W[a] : words.end_W[b - 1]], gram))
-            if similarity >= self.cfg.similarity:
+            if similarity >= (self.cfg.similarity if n >= self.cfg.long_words else self.cfg.short_similarity):
                 begin, end = _aligned(units.units(self.index.text[item]).hash_W, words.hash_W[a:b])
                 found.append((item, similarity, int(words.start_W[a + begin]), int(words.end_W[a + end - 1])))
         return found
