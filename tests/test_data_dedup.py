@@ -151,6 +151,14 @@ def test_texts_without_a_word_are_equal_only_where_they_are():
     assert decided(["!!!", "???", "! !!", "", "", "—"]).duplicate_of_N.tolist() == [-1, -1, 0, -1, 3, -1]
 
 
+@pytest.mark.parametrize("cfg", [CFG, DedupConfig(unit="character", n=20), DedupConfig(near=False)], ids=["words", "characters", "exact"])
+def test_odd_texts_are_no_trouble(cfg):
+    texts = ["\ud800 lone", "\x00\x00", "a" * 100_000, "\U0010ffff x", "İstanbul ǅ ß", "\n" * 70_000, "x\n" * 3, "ก" * 40_000]
+    assert decided(texts, cfg).duplicate_of_N.tolist() == [-1] * len(texts)
+    assert decided([], cfg).duplicate_of_N.tolist() == [] and decided(["one"], cfg).cluster_sizes == {1: 1}
+    assert substrings.repeated(texts[:2] + texts[:1], SubstringsConfig(min_bytes=16)) == [[], [], []]
+
+
 def test_an_earlier_run_counts_as_kept(made, tmp_path):
     """Whatever an earlier run kept stays, and what is new is judged as if both had run as one."""
     texts, n = made.texts, len(made.texts) // 2
