@@ -53,6 +53,7 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "data.filters", "data.language", "data.harm", "data.homographs", "report.page",
                                     "train.config", "generate.config", "doctor", "data.mixture", "data.review.verb"])  # data.loader: grain imports jax itself
 @pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.extract", "data.clean", "data.privacy", "data.augment", "data.tokenizer", "report.page",
+@pytest.mark.parametrize("module", ["cli", "config", "mesh", "hardware", "data.tokenize", "data.tokenizer", "data.dedup", "data.decontaminate", "data.repeats", "data.substrings", "report.page",
                                     "train.config", "generate.config", "doctor"])  # data.loader: grain imports jax itself
 def test_what_needs_no_device_imports_no_jax(module):
     code = f"import sys, jaxllm.{module}; sys.exit('jax' in sys.modules)"
