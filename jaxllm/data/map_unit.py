@@ -21,6 +21,7 @@ import numpy as np
 import zstandard
 
 from jaxllm.data.document import Document, Removal
+from jaxllm.data.minhash import signatures
 from jaxllm.data.raw import Item, Unit
 from jaxllm.errors import writing
 
@@ -37,9 +38,9 @@ class Worker:
 
     @functools.cached_property
     def stages(self):
-        from jaxllm.data.stages import per_document, signer
+        from jaxllm.data.stages import per_document
 
-        return per_document(self.cfg), signer(self.cfg)
+        return per_document(self.cfg)
 
     def __call__(self, unit: Unit) -> tuple[int, int]:
         """Does a unit, unless it is done; returns its number and how many documents it holds."""
@@ -49,8 +50,8 @@ class Worker:
             with writing(part):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-            work = _Work(unit, part, self.cfg.output.samples)
-            work.documents(*self.stages)
+            work = _Work(unit, part, self.cfg)
+            work.documents(self.stages)
             work.finish()
             with writing(done):
                 part.rename(done)
@@ -66,21 +67,21 @@ def read_index(folder: str | pathlib.Path, number: int) -> dict:
 
 
 class _Work:
-    def __init__(self, unit: Unit, part: pathlib.Path, samples: int):
-        self.unit, self.part, self.most_samples = unit, part, samples
+    def __init__(self, unit: Unit, part: pathlib.Path, cfg):
+        self.unit, self.part, self.cfg = unit, part, cfg
         self.sha = hashlib.sha256()
         self.counts: collections.Counter = collections.Counter()
         self.seconds: collections.Counter = collections.Counter()  # of processor time by stage
         self.funnel: dict[str, list] = {}  # stage -> [documents, bytes] that came out of it
         self.removed: list[dict] = []
         self.rules: collections.Counter = collections.Counter()
-        self.kept, self.signatures = [], []
+        self.kept: list[tuple[Document, int]] = []  # and bytes of its text
         self.pairs: list = []  # before and after
         self.samples: dict[str, list] = {}
         self.lengths = {"in": [0] * len(LENGTH_BINS), "out": [0] * len(LENGTH_BINS)}
         self.languages: collections.Counter = collections.Counter()
 
-    def documents(self, chain, sign) -> None:
+    def documents(self, chain) -> None:
         for item in self.unit.items:
             doc = self.read(item)
             if doc is None:
@@ -90,7 +91,7 @@ class _Work:
             why = self.through(chain, doc)
             self.counts.update(doc.counts)
             if why is None:
-                self.keep(doc, before, sign)
+                self.keep(doc, before)
 
     def read(self, item: Item) -> Document | None:
         """Returns the document of an item; None where it cannot be read, which is noted."""
@@ -148,17 +149,15 @@ class _Work:
         self.removed.append(line)
         self.rules[f"{stage}\t{why.rule}"] += 1
         _keep_lowest(self.samples.setdefault(f"{stage}\t{why.rule}", []), doc.id,
-                     {**line, "text": doc.text[:EXCERPT]}, self.most_samples)
+                     {**line, "text": doc.text[:EXCERPT]}, self.cfg.output.samples)
 
-    def keep(self, doc: Document, before: str, sign) -> None:
+    def keep(self, doc: Document, before: str) -> None:
         text = doc.text.encode("utf-8", "replace")
         doc.text = text.decode()
         self.lengths["out"][_bin(doc.text)] += 1
         self.languages[str(doc.meta.get("language", "unknown"))] += 1
         doc.meta.pop("format", None)
         self.kept.append((doc, len(text)))
-        if sign is not None:
-            self.signatures.append(sign(doc.text))
         pair = {"id": doc.id, "source": doc.source, "before": before[:EXCERPT], "after": doc.text[:EXCERPT]}
         _keep_lowest(self.pairs, doc.id, pair, PAIRS)
 
@@ -178,8 +177,7 @@ class _Work:
             "samples": {rule: [one for _, one in found] for rule, found in self.samples.items()},
         }
         with writing(self.part):
-            if self.signatures:
-                np.save(self.part / "signatures.npy", np.stack(self.signatures))
+            np.save(self.part / "signatures.npy", signatures([doc.text for doc in docs], self.cfg.dedup))
             (self.part / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
 
 

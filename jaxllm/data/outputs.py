@@ -81,7 +81,7 @@ def gather_removed(folder: pathlib.Path, n_units: int) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-PUBLISHED = ("documents", "removed-text", "removed.jsonl", "report.html", "card.md", "signatures", "manifest.json")
+PUBLISHED = ("documents", "removed-text", "removed.jsonl", "report.html", "card.md", "dedup", "manifest.json")
 
 
 def publish(work: pathlib.Path, target: pathlib.Path) -> None:

@@ -1,11 +1,17 @@
 """What can only be decided over all documents: names, duplicates, the mixture. Their numbers go unit by unit, in order."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
+from jaxllm.data import dedup, homographs, mixture
 from jaxllm.data.map_unit import read_index, read_lines, unit_folder
+from jaxllm.data.minhash import DedupConfig, shingles
+from jaxllm.data.mixture import MixConfig
+from jaxllm.data.signatures import load_earlier, save
+from jaxllm.errors import writing
 
 
 @dataclasses.dataclass
@@ -63,14 +69,12 @@ def _make_unique(ids: list[str]) -> int:
 def signatures(folder: str, n_units: int, first: np.ndarray) -> np.ndarray:
     """Returns all signatures as one memory-mapped array, in the order of the documents' numbers."""
     path = unit_folder(folder, 0).parents[1] / "signatures.npy"
-    parts = [unit_folder(folder, n) / "signatures.npy" for n in range(n_units)]
-    parts = [(n, np.load(p, mmap_mode="r")) for n, p in enumerate(parts) if p.exists()]
-    if not parts:
-        return np.empty((0, 0), np.uint32)
-    out = np.lib.format.open_memmap(path, "w+", parts[0][1].dtype, (int(first[-1]), *parts[0][1].shape[1:]))
-    for n, part in parts:
-        out[first[n] : first[n + 1]] = part
-    out.flush()
+    parts = [np.load(unit_folder(folder, n) / "signatures.npy", mmap_mode="r") for n in range(n_units)]
+    with writing(path):
+        out = np.lib.format.open_memmap(path, "w+", parts[0].dtype, (int(first[-1]), *parts[0].shape[1:]))
+        for n, part in enumerate(parts):
+            out[first[n] : first[n + 1]] = part
+        out.flush()
     return np.load(path, mmap_mode="r")
 
 
@@ -120,6 +124,46 @@ class Fates:
             yield unit, self.found.ids[low:high], self.copies[low:high].tolist(), removals
 
 
-def decide(cfg, found: Catalogue) -> Fates:
+def decide(cfg, found: Catalogue, say) -> Fates:
     """Returns every document's fate, by the stages that look at all of them."""
-    return Fates(found, np.ones(len(found.ids), np.int64), {}, {})
+    fates = Fates(found, np.ones(len(found.ids), np.int64), {}, {})
+    drop_duplicates(cfg.dedup, fates, say)
+    mix(cfg.mix, fates, say)
+    if cfg.homographs.use:
+        def texts():
+            return ((source, text) for n, source, text in all_texts(found) if fates.copies[n])
+
+        fates.report["words that sources use differently"] = [row._asdict() for row in homographs.report(texts, cfg.homographs)]
+    return fates
+
+
+def drop_duplicates(cfg: DedupConfig, fates: Fates, say) -> None:
+    found, texts = fates.found, Texts(fates.found)
+    table, earlier = signatures(found.folder, len(found.first) - 1, found.first), load_earlier(cfg)
+    decision = dedup.decide(table, lambda n: shingles(texts(n), cfg), cfg, quality_N=found.quality, earlier=earlier)
+    n = len(found.ids)
+    for i in np.flatnonzero(decision.duplicate_of_N >= 0).tolist():
+        kept = int(decision.duplicate_of_N[i])
+        fates.copies[i] = 0
+        fates.removals[i] = {"stage": "dedup", "rule": "exact" if decision.exact_N[i] else "near", "value": None,
+                             "duplicate_of": found.ids[kept] if kept < n else earlier.ids[kept - n]}
+    rows = np.flatnonzero(decision.duplicate_of_N < 0)
+    save(pathlib.Path(found.folder) / "out" / "dedup", table[rows], (found.ids[i] for i in rows), cfg)
+    fates.report["sizes of groups of duplicates"] = [
+        {"documents": size, "groups": groups} for size, groups in sorted(decision.cluster_sizes.items()) if size > 1]
+    say(f"deduplicated: {len(fates.removals):,} of {n:,} documents go, {decision.compared:,} pairs compared")
+
+
+def mix(cfg: MixConfig, fates: Fates, say) -> None:
+    found = fates.found
+    left = [i for i in range(len(found.ids)) if i not in fates.removals]
+    given = [[of[i] for i in left] for of in (found.ids, [found.sources[s] for s in found.source], found.bytes, found.quality,
+                                              found.domain)]
+    copies = mixture.decide(*given, cfg)
+    fates.copies[left] = copies
+    for i in np.array(left)[np.asarray(copies) == 0].tolist():
+        fates.removals[i] = {"stage": "mix", "rule": "share", "value": None}
+    rows = mixture.audit(*given[1:], copies, cfg)
+    fates.report["mixture"] = rows
+    for warning in (row["warning"] for row in rows if row.get("warning")):
+        say(f"! mix: {warning}")

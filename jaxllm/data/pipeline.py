@@ -18,6 +18,7 @@ import time
 
 from jaxllm import config
 from jaxllm.data import account, outputs, overall
+from jaxllm.data.classifier import ready
 from jaxllm.data.map_unit import Worker, read_index
 from jaxllm.data.pipeline_config import DataVerb
 from jaxllm.data.processes import in_order, n_cores
@@ -41,10 +42,12 @@ def main(cfg: DataVerb) -> dict:
     with claimed(folder):
         work = folder / "work"
         begin(work, plan)
+        for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
+            ready(group, f"{name}.classifier")
         n_units = map_all(cfg, files, work)
         found = overall.catalogue(str(work), n_units, list(cfg.sources))
         _check_something_left(work, n_units, cfg, found)
-        fates = overall.decide(cfg, found)
+        fates = overall.decide(cfg, found, say)
         parts = write_all(cfg, work, found, fates)
         manifest = account.finish(cfg, work, n_units, found, fates, parts)
         outputs.publish(work, folder)

@@ -3,6 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxllm.data.clean import CleanConfig
+from jaxllm.data.decontaminate import DecontaminateConfig
+from jaxllm.data.extract import ExtractConfig
+from jaxllm.data.filters import FilterConfig
+from jaxllm.data.harm import HarmConfig
+from jaxllm.data.homographs import HomographsConfig
+from jaxllm.data.language import LanguageConfig
+from jaxllm.data.minhash import DedupConfig
+from jaxllm.data.mixture import MixConfig
+from jaxllm.data.privacy import PrivacyConfig
 from jaxllm.data.raw import RawSource
 
 
@@ -34,5 +44,15 @@ class DataVerb:
     run: DataRun = field(default_factory=DataRun)
     sources: dict[str, RawSource] = field(default_factory=dict)
     read: ReadConfig = field(default_factory=ReadConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    harm: HarmConfig = field(default_factory=HarmConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    homographs: HomographsConfig = field(default_factory=HomographsConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     workers: int = 0  # processes; 0: one a core. The result does not depend on it
