@@ -24,13 +24,14 @@ class MeshConfig:
     stage: int = 1  # pipeline stages, each with its own layers (train.pipeline says in which order they work); -1: what is left
     data: int = -1  # replicas of the model, each with its own rows; -1: the devices that are left
     fsdp: int = 1  # shards of parameters, gradients and optimizer (ZeRO-3), each with its own rows; -1: what is left
+    expert: int = 1  # shards of the experts of sparse layers (model.moe), each with its own rows; -1: what is left
     context: int = 1  # parts of each sequence, for long ones; -1: what is left
     tensor: int = 1  # shards of heads, feed-forward and vocabulary, working on the same rows; -1: what is left
 
     dcn: DcnConfig = field(default_factory=DcnConfig)  # degrees between slices, which a slower network joins
 
     def __post_init__(self):
-        sizes = {a: getattr(self, a) for a in ("stage", "data", "fsdp", "context", "tensor")}
+        sizes = {a: getattr(self, a) for a in AXES}
         for axis, size in sizes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"mesh.{axis}={size}: should be a positive number of devices, or -1 for what is left")

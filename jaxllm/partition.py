@@ -12,7 +12,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import AXES, MeshConfig, degrees
 
 RULES: dict[str, tuple[str, ...] | str | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),  # outside of sparse layers, the devices that share out the experts are data parallel
     "seq": "context",
     "residual_seq": ("context", "tensor"),  # where norms and residuals are (Korthikanti et al. 2022)
     "act": None,  # width of the residual stream
@@ -23,7 +23,11 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "qkv": None,  # a kv head's query heads, its key and its value, kept together
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "router": None,  # experts, as a router's outputs: every device chooses for its own tokens
+    "balance": None,  # experts, as the biases that even out their load
     "vocab": "tensor",
+    "vocab_over_stages": ("stage", "tensor"),  # between the steps of a pipeline, with train.split_embedding
     "norm": None,
 }
 
@@ -32,7 +36,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """Returns a mesh with every axis of `AXES`; raises UserError when the degrees do not multiply to the devices."""
     devices = jax.devices() if devices is None else devices
     inner, outer = (tuple(sizes[a] for a in AXES) for sizes in degrees(cfg, len(devices)))
-    slices = [create_device_mesh(inner, part) for part in _slices(devices, int(np.prod(outer)))]
+    slices = [create_device_mesh(inner, part, allow_split_physical_axes=True) for part in _slices(devices, int(np.prod(outer)))]
     # [outer axes, inner axes] -> each axis with its outer part in front
     n = len(AXES)
     placed = np.array(slices).reshape(outer + inner).transpose([i for a in range(n) for i in (a, n + a)])
@@ -123,20 +127,30 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     return first // (last - first), mesh.size // (last - first)
 
 
-def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Returns the NamedSharding of every parameter, from the axis names written beside it (leading ones: layers)."""
+def batch_parts(mesh: Mesh) -> int:
+    """Returns how many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
+def shardings(params: nnx.State, mesh: Mesh, *, split_embedding: bool = False) -> nnx.State:
+    """Returns the NamedSharding of every parameter, from the axis names written beside it."""
 
     def place(var):
-        stacked = var.ndim - len(var.axes)
-        return var.replace(NamedSharding(mesh, spec(*["layers"] * stacked, *var.axes)))
+        return var.replace(NamedSharding(mesh, spec(*_names(var, split_embedding))))
 
     return jax.tree.map(place, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def check_divides(params: nnx.State, mesh: Mesh) -> None:
+def _names(var, split_embedding: bool) -> tuple[str, ...]:
+    """Returns the logical axes of a whole parameter: leading ones that it does not name are layers."""
+    own = tuple("vocab_over_stages" if name == "vocab" and split_embedding else name for name in var.axes)
+    return ("layers",) * (var.ndim - len(own)) + own
+
+
+def check_divides(params: nnx.State, mesh: Mesh, *, split_embedding: bool = False) -> None:
     """Raises UserError that names the parameter, its axis and its size when the mesh does not divide it."""
     for path, var in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        names = ("layers",) * (var.ndim - len(var.axes)) + tuple(var.axes)
+        names = _names(var, split_embedding)
         for name, size, entry in zip(names, var.shape, spec(*names), strict=True):
             axes = (entry,) if isinstance(entry, str) else entry or ()
             parts = int(np.prod([mesh.shape[a] for a in axes]))

@@ -26,10 +26,20 @@ def use_huge_pages() -> None:
 
 
 def start_jax(cache: pathlib.Path = CACHE) -> None:
-    """Turns the persistent compilation cache on, so that the second start of a program need not compile."""
+    """Turns the persistent compilation cache on, so that the second start of a program need not compile.
+
+    Not for several CPU devices: with jax 0.10 to 0.12 a program that comes out of the cache runs its collectives in no fixed
+    order there, and devices that took another one wait for each other for ever (docs/LOG.md). A cache that the environment
+    names is off then too; code that has jaxllm in its own process may choose otherwise.
+    """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:  # the caller has chosen another place
+    chosen, named = jax.config.jax_compilation_cache_dir, os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        if chosen == named:
+            jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if chosen is not None:  # the caller has chosen another place
         return
     try:
         cache.mkdir(parents=True, exist_ok=True)

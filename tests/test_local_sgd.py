@@ -1,6 +1,9 @@
 """Groups that train alone and meet every few steps."""
 
+import json
+import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -9,9 +12,13 @@ import runs
 import toy
 
 from jaxllm import cli
-from jaxllm.parallel.local_sgd import bytes_per_token
-from jaxllm.partition import batch_sharding
-from jaxllm.train.config import OptimConfig
+from jaxllm.mesh import DcnConfig, MeshConfig
+from jaxllm.parallel.meetings import bytes_per_token
+from jaxllm.partition import batch_sharding, make_mesh
+from jaxllm.plan.collectives import groups
+from jaxllm.train.config import OptimConfig, TrainConfig
+from jaxllm.train.optim import make_optimizer
+from jaxllm.train.state import build, fragments_of
 
 SGD = OptimConfig(name="sgd", lr=0.1, b1=0.0, clip=0, weight_decay=0, schedule="constant")
 
@@ -76,24 +83,27 @@ def _one(shared, state):
     return type(one)(one.step, params, one.opt_state, one.rng)
 
 
-def test_groups_talk_only_when_they_meet():
-    """Between meetings nothing but metrics crosses groups; a meeting sends every parameter once, as the formula says."""
-    prog = program("diloco", inner_steps=10)
+@pytest.mark.parametrize(("fragments", "overlap"), [(1, 0), (2, 3)])
+def test_groups_talk_only_when_they_meet(fragments, overlap):
+    """Between meetings nothing crosses groups; a meeting sends every parameter of its fragment once, as the formula says."""
+    prog = program("diloco", inner_steps=10, fragments=fragments, steps=None, overlap=overlap)
     with jax.set_mesh(prog.mesh):
         batch = jax.device_put(whole_batches(1)[0], batch_sharding(prog.mesh))
         text = prog.train_step.lower(prog.abstract, batch).compile().as_text()
     n_params = sum(x.size for x in jax.tree.leaves(prog.abstract.params))
-    outside, inside = 0, 0
+    sizes = fragments_of(TrainConfig(sync="diloco", groups=4, fragments=fragments), prog.abstract.params)[1]
+    assert sum(sizes) == n_params
+    outside, inside = 0, []
     for computation in re.split(r"\n\n", text):
-        sizes = [np.prod([int(d) for d in dims.split(",") if d], dtype=int)
-                 for line in computation.splitlines() if re.search(r" all-(reduce|gather)(-start)?\(", line)
-                 for dims in re.findall(r"f32\[([\d,]*)\]", line.split(" all-")[0])]
+        sent = sum(np.prod([int(d) for d in dims.split(",") if d], dtype=int)
+                   for line in computation.splitlines() if re.search(r" all-(reduce|gather)(-start)?\(", line)
+                   for dims in re.findall(r"f32\[([\d,]*)\]", line.split(" all-")[0]))
         if "ENTRY" in computation:
-            outside += sum(sizes)
-        else:
-            inside += sum(sizes)
-    assert outside < 20  # loss, targets, norm, flags
-    assert inside == n_params
+            outside += sent
+        elif sent:
+            inside.append(sent)
+    assert outside == 0
+    assert sorted(inside) == sorted(sizes)
     assert bytes_per_token(n_params, 4, 100, 10) == pytest.approx(4 * n_params * 1.5 / 1000)
 
 
@@ -117,14 +127,60 @@ def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, c
     assert cli.main(["generate", str(resumed), "--prompt=the ", "--sample.max_tokens=4"]) == 0
 
 
+@pytest.mark.parametrize("how", [
+    pytest.param({"inner_steps": 3, "staleness": 2}, marks=pytest.mark.slow),
+    {"inner_steps": 5, "fragments": 2, "overlap": 2},
+])
+def test_a_run_resumes_to_the_bit_while_contributions_are_under_way(tmp_path, how, capsys):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    config = runs.config(tmp_path, train={"sync": "diloco", "groups": 2, **how}, mesh={"data": 2, "fsdp": 4}, model={"n_layers": 2},
+                         checkpoint={"every": 7, "keep": 9})
+    assert cli.main(["pretrain", str(config), f"--run.dir={straight}"]) == 0
+    shutil.copytree(straight, resumed)
+    for step in (14, 21, 24):
+        shutil.rmtree(resumed / "checkpoints" / str(step))
+    assert cli.main(["pretrain", str(config), f"--run.dir={resumed}"]) == 0
+    assert "goes on from step 7" in capsys.readouterr().err
+    found = []
+    for folder in (straight, resumed):
+        assert cli.main(["inspect", str(folder), "--digest", f"--json={folder}.json"]) == 0
+        found.append(json.loads(pathlib.Path(f"{folder}.json").read_text())["digest"])
+    assert found[0] == found[1] and any("sent_G" in name for name in found[0])
+    assert runs.lines(straight / "metrics.jsonl", *runs.NUMBERS) == runs.lines(resumed / "metrics.jsonl", *runs.NUMBERS)
+
+
 @pytest.mark.parametrize(("words", "says"), [
     (["--train.groups=2", "--train.sync=diloco"], "train.groups=2: should be the degree of mesh.data (times mesh.dcn.data), which is 8"),
     (["--train.sync=diloco", "--train.groups=8", "--optim.zero1=true"], "optim.zero1=true with train.sync=diloco"),
     (["--train.sync=local_sgd"], "local_sgd and diloco need 2 groups or more"),
-    (["--train.sync=diloco", "--train.groups=8", "--train.inner_steps=7"], "train.steps=24 is not divisible by train.inner_steps=7"),
+    (["--train.staleness=2"], "train.staleness=2 with train.sync=every_step: is for local_sgd and diloco"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.staleness=2", "--train.overlap=1"], "train.staleness=2 with train.overlap=1"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.overlap=6"], "train.overlap=6: should be 0 or more, 1 to 6 (train.inner_steps), and 0 to 5"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.mixing=0.5"], "train.mixing=0.5 with train.overlap=0: should be in [0, 1], and needs"),
+    (["--train.sync=diloco", "--train.groups=8", "--train.fragments=3"], "train.fragments=3: should be at most the number of stacked layers, 1"),
     (["--train.sync=diloco", "--train.groups=2", "--mesh.stage=2", "--mesh.fsdp=2", "--model.n_layers=2", "--train.micro_batches=2"],
      "train.sync=diloco cannot be combined with mesh.stage=2"),
 ])
 def test_what_cannot_be_is_said(tmp_path, words, says, capsys):
     assert cli.main(["pretrain", str(runs.config(tmp_path, train={"inner_steps": 6})), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_slice_that_is_a_group_crosses_to_others_only_in_a_meeting():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, dcn=DcnConfig(data=2)))
+    train = TrainConfig(steps=8, batch_size=toy.ROWS, sync="diloco", groups=2, inner_steps=4, overlap=1)
+    prog = build(toy.MODEL, train, make_optimizer(OptimConfig(), 8), mesh)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(toy.batch(), batch_sharding(mesh))
+        text = prog.train_step.lower(prog.abstract, batch).compile().as_text()
+    within, between = [], []
+    for line in text.splitlines():
+        if re.search(r" (all-(reduce|gather|to-all)|reduce-scatter|collective-permute)(-start)?\(", line):
+            pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2].partition("}}")[0] + "}")
+            members = [tuple(map(int, pair)) for pair in pairs] or [groups(line, 8)]
+            crosses = any(len({i // 4 for i in some}) > 1 for some in members)
+            (between if crosses else within).append(line)
+    assert within  # weights are gathered inside of a slice
+    assert between
+    assert all("branch_" in line for line in between), [line for line in between if "branch_" not in line][:3]

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import MeshConfig
+from jaxllm.mesh import AXES, MeshConfig
 from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
 from jaxllm.parallel.schedule import make
 from jaxllm.parallel.table import lower
@@ -28,13 +28,14 @@ SCHEDULES = {"gpipe": {}, "1f1b": {}, "interleaved": {"virtual_stages": 2}, "zer
 QUICK = {("stage4 tensor2", "1f1b"), ("stage4 data2", "zero_bubble"), ("stage8", "gpipe")}
 CASES = [pytest.param(mesh, name, id=f"{mesh} {name}", marks=[] if (mesh, name) in QUICK else [pytest.mark.slow])
          for mesh in MESHES for name in SCHEDULES if (mesh, name) != ("stage8", "interleaved")]  # 16 pieces of 8 layers
-CLIP = OptimConfig(lr=1e-3, schedule="constant", clip=0.1)  # far below the gradient's norm: clips at every step
+# Far below the gradient's norm: clips at every step. Plain SGD: Adam would undo a factor on a stage's gradients.
+CLIP = OptimConfig(name="sgd", lr=0.3, schedule="constant", clip=0.1)
 
 
 def program(model=MODEL, name="1f1b", micro_batches=M, **mesh):
     if mesh.get("fsdp", 1) > 1 and mesh.get("tensor", 1) > 1 and jax.__version_info__ < (0, 10):
         pytest.skip("jax before 0.10: stage with fsdp and tensor is refused")
-    devices = int(np.prod([1, *mesh.values()]))
+    devices = int(np.prod([size for axis, size in mesh.items() if axis in AXES]))
     return toy.program(model, devices=devices, optim=CLIP, micro_batches=micro_batches, pipeline=name, **SCHEDULES[name] | mesh)
 
 
@@ -48,8 +49,19 @@ def loss_and_grads(prog, batch, model=MODEL, name="1f1b", micro_batches=M):
     key = jax.random.key(3) if model.dropout else None
     with jax.set_mesh(prog.mesh):
         params, placed = prog.init().params, jax.device_put(batch, batch_sharding(prog.mesh))
-        (loss, n), grads = jax.jit(lambda p, b: fun(p, b, key))(params, placed)
+        (loss, (n, _)), grads = jax.jit(lambda p, b: fun(p, b, key))(params, placed)
     return float(loss), float(n), jax.device_get(grads)
+
+
+def clipped(prog, batches):
+    """Returns the losses and the gradients' norms of a step on each batch, every one of which the clipping must have cut."""
+    with jax.set_mesh(prog.mesh):
+        state, found = prog.init(), []
+        for one in batches:
+            state, metrics = prog.train_step(state, jax.device_put(one, batch_sharding(prog.mesh)))
+            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    assert min(norm for _, norm in found) > 2 * CLIP.clip
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,7 @@ def one_device():
     prog = program()
     batches = [toy.batch(seed=i) for i in range(10)]
     batches[0]["weight_BT"][::2] = 0  # parts with unequal numbers of targets
-    return loss_and_grads(prog, batches[0]), toy.run(prog, batches)[1], batches
+    return loss_and_grads(prog, batches[0]), clipped(prog, batches), batches
 
 
 @pytest.mark.parametrize(("mesh", "name"), CASES)
@@ -74,7 +86,7 @@ def test_every_schedule_computes_what_one_device_computes(mesh, name, one_device
 @pytest.mark.parametrize(("mesh", "name"), CASES)
 def test_ten_steps_with_clipping_are_those_of_one_device(mesh, name, one_device):
     _, curve, batches = one_device
-    np.testing.assert_allclose(toy.run(program(name=name, **MESHES[mesh]), batches)[1], curve, rtol=1e-5)
+    np.testing.assert_allclose(clipped(program(name=name, **MESHES[mesh]), batches), curve, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("change", "name", "train"), [
@@ -108,8 +120,8 @@ def sums(mesh, schedule, layers=8, width=16):
             y_BTD = jnp.tanh(x_BTD @ w)
             return x_BTD + y_BTD, 0.01 * jnp.sum(y_BTD**2)
 
-        x_BTD, extra = jax.lax.scan(layer, x_BTD, blocks["w"])
-        return x_BTD, jnp.sum(extra)
+        x_BTD, extra_L = jax.lax.scan(layer, x_BTD, blocks["w"])
+        return x_BTD, jnp.sum(extra_L), extra_L
 
     def loss(shared, x_BTD, inputs):
         return jnp.sum(jax.nn.logsumexp(x_BTD @ shared["head"], axis=-1))
@@ -117,22 +129,22 @@ def sums(mesh, schedule, layers=8, width=16):
     parts = Parts(lambda shared, inputs: shared["embed"][inputs["token"]], body, loss)
 
     def plain(shared, blocks):
-        total = 0.0
+        total, counted_L = 0.0, 0.0
         for i in range(m):
             one = jax.tree.map(lambda a, i=i: a[i], inputs)
-            x_BTD, extra = body(blocks, parts.embed(shared, one), one, None)
-            total += parts.loss(shared, x_BTD, one) + extra
-        return total
+            x_BTD, extra, extra_L = body(blocks, parts.embed(shared, one), one, None)
+            total, counted_L = total + parts.loss(shared, x_BTD, one) + extra, counted_L + extra_L
+        return total, counted_L
 
     with jax.set_mesh(mesh):
         found_loss, *found = jax.jit(pipeline_value_and_grad(parts, schedule, mesh))(shared, blocks, inputs, None)
-    loss, grads = jax.value_and_grad(plain, argnums=(0, 1))(shared, blocks)
-    return (float(found_loss), found), (float(loss), list(grads))
+    (loss, counted_L), grads = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(shared, blocks)
+    return (float(found_loss), found), (float(loss), [*grads, counted_L])
 
 
 @pytest.mark.parametrize(("name", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
 @pytest.mark.parametrize("m", [4, 12])
-def test_what_layers_add_to_the_loss_counts_at_every_stage(name, v, m):
+def test_what_layers_add_to_the_loss_and_count_is_summed_over_stages(name, v, m):
     mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
     (found, found_grads), (loss, grads) = sums(mesh, make(name, 4, m, v))
     assert abs(found - loss) / loss < 1e-6
@@ -194,10 +206,25 @@ def test_samples_are_those_of_one_device():
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("mesh", ["stage4 data2", pytest.param("stage2 fsdp2 tensor2", marks=pytest.mark.slow)])
+def test_an_embedding_that_is_split_over_the_stages_gives_the_same_steps(mesh, one_device):
+    _, curve, batches = one_device
+    whole, split = (program(**MESHES[mesh], split_embedding=own) for own in (False, True))
+    np.testing.assert_allclose(clipped(split, batches), curve, rtol=1e-5)
+
+    def held(prog):  # bytes of parameters and moments on a device
+        return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in jax.tree.leaves(prog.abstract))
+
+    sizes = MESHES[mesh]
+    ends = 2 * 2 * 4 * MODEL.vocab_size * MODEL.d_model // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))  # each with its momentum
+    assert held(whole) - held(split) == ends - ends // sizes["stage"]
+
+
 @pytest.mark.parametrize(("settings", "says"), [
     ({"stage": 3}, "model.n_layers=8: mesh.stage=3 does not divide it; nearest: 9"),
     ({"stage": 4, "pipeline": "interleaved", "virtual_stages": 4}, "mesh.stage=4 x train.virtual_stages=4 does not divide it"),
     ({"stage": 4, "pipeline": "interleaved", "virtual_stages": 2, "micro_batches": 2}, "micro_batches=2 is not a multiple of the 4"),
+    ({"stage": 1, "split_embedding": True}, "train.split_embedding=true needs mesh.stage of 2 or more"),
     ({"stage": 4, "virtual_stages": 2}, "schedule '1f1b' has 1 a stage"), ({"stage": 4, "pipeline": "pipe"}, "did you mean 'gpipe'"),
 ])
 def test_what_a_pipeline_cannot_do_is_said_before_compiling(settings, says):

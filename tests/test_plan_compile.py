@@ -14,7 +14,8 @@ import runs
 import toy
 
 from jaxllm import cli
-from jaxllm.plan import collectives, cycles, fit, hlo
+from jaxllm.errors import UserError
+from jaxllm.plan import collectives, cycles, fit, hlo, picture, report_text, search
 from jaxllm.plan.compile_config import CompileVerb
 from jaxllm.plan.topology import find, known, link_seconds
 
@@ -88,7 +89,7 @@ def test_cycles_are_counted_as_often_as_their_loop_goes_round():
 
 
 def test_collectives_by_axis_with_bytes_and_runs():
-    every = collectives.read(hlo.parse(PROGRAM), SIZES, slices=2)
+    every = collectives.read(hlo.parse(PROGRAM), SIZES, {"data": 2})
     over = next(c for c in every if c.times == 1 and c.kind == "all-reduce")
     assert (over.axis, over.group, over.sent) == ("data", (0, 4), 1024)  # through the host, to the other slice
     found = {c.kind: c for c in every if c is not over}
@@ -100,10 +101,41 @@ def test_collectives_by_axis_with_bytes_and_runs():
     assert collectives.per_layer(list(found.values()), 6) == {"fsdp all-gather": 1, "data all-reduce": 1}
 
 
+def test_slices_are_joined_by_the_axes_that_go_over_them():
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    for dcn, members, axis in (({"data": 2}, (0, 8), "data"), ({"fsdp": 2}, (0, 4), "fsdp"),
+                               ({"data": 2, "fsdp": 2}, (0, 4, 8, 12), "data x fsdp"), ({}, (0,), "none")):
+        assert collectives.across(sizes, dcn) == members
+        assert collectives.axis_of(members, sizes) == axis
+
+
+SCATTER = """
+%all-reduce-scatter.1 (input: bf16[32,64]) -> bf16[8,64] {
+  %input = bf16[32,64]{1,0} parameter(0)
+  %all-reduce.1 = bf16[32,64]{1,0} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %cut = bf16[8,64]{1,0} dynamic-slice(%all-reduce.1, %i, %j), dynamic_slice_sizes={8,64}
+}
+
+ENTRY %main (x: bf16[32,64]) -> bf16[8,64] {
+  %x = bf16[32,64]{1,0} parameter(0)
+  %fused = bf16[8,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %plain = bf16[8,64]{1,0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_a_fused_reduce_scatter_is_counted_as_one():
+    fused, plain = collectives.read(hlo.parse(SCATTER), SIZES)
+    assert (fused.kind, fused.axis, fused.payload, fused.sent) == ("reduce-scatter", "fsdp", 4096, 3072)
+    assert (plain.kind, plain.axis, plain.payload, plain.sent) == ("reduce-scatter", "fsdp", 4096, 3072)
+
+
 @pytest.mark.parametrize(("text", "members"), [
     ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)), ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
     ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)), ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)), ("replica_groups={}", tuple(range(8))),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'a'}", (0, 1)),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 2)),
 ])
 def test_every_way_to_write_a_group_is_read(text, members):
     assert collectives.groups(text, 8) == members
@@ -152,6 +184,8 @@ def test_link_seconds_by_hand():
     (["--topology=v5e-64"], "needs 16 devices, found 64 in v5e-64"),
     (["--topology=v5e-16", "--mesh.dcn.data=2", "--mesh.fsdp=8"], "needs 16 devices, found 32 in 2 slices of v5e-16"),
     (["--topology=v5e-16", "--mesh.dcn.data=0"], "should be a positive number of slices"),
+    (["--topology=v5e-16", "--picture=front.svg"], "is of a search: give --search too"),
+    (["--topology=v5e-16", "--search", "--picture=front.txt"], "should end in .svg"),
     (["--topology=v5e-16", "--model.vocab_size=null"], "give --model.vocab_size=N"),
 ])
 def test_mistakes_are_one_line_before_any_compile(words, said, capsys, monkeypatch):
@@ -183,7 +217,7 @@ def compiled(cfg: CompileVerb) -> dict:
 
 
 def test_the_single_change_that_makes_it_fit_is_found_by_trying():
-    rows = fit.single_changes(settings(), find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "tensor": 1}}, compiled, lambda line: None)
+    rows = fit.single_changes(settings(), find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}}, compiled, lambda line: None)
     assert [r["change"] for r in rows if r["fits"]] == ["--train.micro_batches=2", "--train.remat=full"]  # the faster first
     assert {"--train.loss_chunk=128", "--train.remat=qkv"} <= {r["change"] for r in rows if not r["fits"]}
 
@@ -192,27 +226,120 @@ def test_the_front_holds_what_nothing_beats():
     def row(peak, step, fits=True):
         return {"peak_gb": peak, "step_s": step, "fits": fits}
 
-    marked = fit.mark_best([row(4, 2.0), row(8, 1.0), row(8, 1.5), row(2, 0.5, fits=False), row(9, 1.0)])
+    marked = search.mark_best([row(4, 2.0), row(8, 1.0), row(8, 1.5), row(2, 0.5, fits=False), row(9, 1.0)])
     assert [(r["peak_gb"], r["step_s"]) for r in marked if r["best"]] == [(8, 1.0), (4, 2.0)]
 
 
+def searching(tries: int = 100, **more) -> CompileVerb:
+    return dataclasses.replace(settings(), search=True, tries=tries, **more)
+
+
+def stand_in(cfg: CompileVerb) -> dict:
+    """Stands in for a compilation: recomputing, micro-batches, tensor and the host's memory take time for memory."""
+    kept = {"full": 2, "qkv": 8, "none": 30}[cfg.train.remat] / cfg.train.micro_batches
+    gb = (4 if cfg.train.offload == "none" else 1) * (cfg.mesh.data or 1) + kept
+    step = 1 + 0.3 * (cfg.train.remat == "full") + 0.1 * cfg.train.micro_batches + 0.2 * cfg.mesh.tensor + (cfg.train.offload != "none")
+    return {"fits": gb < 17, "memory": {"peak": gb * 1e9}, "step_s": [0, step]}
+
+
 def test_a_search_tries_only_what_divides():
-    cfg = dataclasses.replace(settings(), tries=100)
-    tried = fit.ways(cfg, find("v5e-16"))
-    assert len(tried) == len({str(w) for w in tried}) > 10
-    for mesh, _, micro in tried:
-        assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 16
-        assert cfg.train.batch_size // micro % (mesh["data"] * mesh["fsdp"]) == 0
+    cfg = searching()
+    tried = search.ways(cfg, find("v5e-16"))
+    assert len(tried) == len(set(tried)) > 10
+    for way in tried:
+        assert way.data * way.fsdp * way.tensor == 16
+        assert cfg.train.batch_size // way.micro_batches % (way.data * way.fsdp) == 0
+    inside = search.ways(fit.with_changes(cfg, mesh={"stage": 2}, train={"micro_batches": 4}), find("v5e-16"))
+    assert inside and all(w.data * w.fsdp * w.tensor == 8 for w in inside)  # the stages stay as they are set
+
+
+def test_a_search_passes_over_what_surely_needs_more():
+    seen = []
+
+    def compile_one(cfg):
+        seen.append(cfg)
+        return stand_in(cfg)
+
+    rows = search.search(searching(), find("v5e-16"), compile_one, lambda line: None)
+    assert len(rows) == len(seen)
+    refused = {(r["mesh"], r["remat"], r["micro_batches"]) for r in rows if not r["fits"]}
+    assert ("fsdp=16", "none", 1) in refused
+    tried = {(r["mesh"], r["remat"], r["micro_batches"], r["offload"]) for r in rows}
+    assert ("fsdp=16", "none", 2, "none") in tried  # may fit, and is not passed over
+    assert ("data=4 fsdp=4", "full", 1, "none") in tried and ("data=4 fsdp=4", "none", 1, "none") not in tried
+    best = [r for r in rows if r["best"]]
+    assert min(rows, key=lambda r: r["peak_gb"])["offload"] == "both" and {"both", "none"} == {r["offload"] for r in best}
+    # what was passed over could not have been on the front: trying all of it gives the same one
+    every = [search.named(w) for w in search.ways(searching(), find("v5e-16"))]
+    assert len(every) > len(rows)
+
+
+def test_a_search_that_was_killed_goes_on_from_its_results(tmp_path):
+    cfg, topology = searching(tries=6, results=str(tmp_path / "found.jsonl")), find("v5e-16")
+    whole = search.search(dataclasses.replace(cfg, results=None), topology, stand_in, lambda line: None)
+    begun = []
+
+    def killed(one):
+        begun.append(one)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return stand_in(one)
+
+    with pytest.raises(KeyboardInterrupt):
+        search.search(cfg, topology, killed, lambda line: None)
+    with (tmp_path / "found.jsonl").open("a") as file:
+        file.write('{"of": "cut by the ki')
+    again, said = [], []
+    rows = search.search(cfg, topology, lambda one: again.append(one) or stand_in(one), said.append)
+    assert rows == whole
+    assert len(again) == 4  # two of six were known
+    assert said[0].startswith("3 of 6: ") and "left: " in said[1]
+    other = fit.with_changes(cfg, model={"n_layers": 8})
+    search.search(other, topology, lambda one: again.append(one) or stand_in(one), said.append)
+    assert len(again) == 10  # another model's results are not taken
+
+
+def test_a_file_that_no_search_wrote_is_said(tmp_path):
+    (tmp_path / "other.jsonl").write_text("hello\n{}\n")
+    with pytest.raises(UserError, match="line 1: is no line of a search"):
+        search.search(searching(results=str(tmp_path / "other.jsonl")), find("v5e-16"), stand_in, lambda line: None)
+
+
+def test_the_front_as_text_and_as_a_picture(tmp_path):
+    topology = find("v5e-16")
+    rows = search.search(searching(), topology, stand_in, lambda line: None)
+    text = report_text.pareto(rows, topology)
+    assert text.count("\n  * ") == sum(r["best"] for r in rows) >= 2
+    for name in ("front.svg", "front.png"):
+        picture.check_picture(str(tmp_path / name))
+        picture.draw(rows, topology, str(tmp_path / name))
+    svg = (tmp_path / "front.svg").read_text()
+    assert "both on the host" in svg and "peak memory of one device, GB" in svg
+    for path, said in ((f"{tmp_path}/front.txt", "should end in .svg"), (f"{tmp_path}/no/front.svg", "its folder is not there")):
+        with pytest.raises(UserError, match=said):
+            picture.check_picture(path)
+
+
+def test_offload_is_among_the_changes_that_may_make_it_fit():
+    def one(cfg):
+        gb = 30 - 14 * (cfg.train.offload != "none")
+        return {"fits": gb < 17, "memory": {"peak": gb * 1e9}, "step_s": [0, 2.0]}
+
+    cfg = fit.with_changes(settings(), train={"remat": "qkv"})
+    rows = fit.single_changes(cfg, find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}}, one, lambda line: None)
+    assert [r["change"] for r in rows if r["fits"]] == ["--train.offload=optimizer"]  # the milder; `both` is not tried then
+    assert fit.offloads(fit.with_changes(cfg, train={"remat": "none"}), {"stage": 1}) == ["optimizer"]  # nothing is named
+    assert fit.offloads(cfg, {"stage": 2}) == ["optimizer"]
 
 
 def test_what_does_not_divide_is_not_tried():
     cfg = settings()
-    whole = {"data": 1, "fsdp": 16, "tensor": 1}
+    whole = {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
     assert fit.divides(cfg, whole)
     # as many rows as the model is wide, so that one size must not stand for the other
     wide = fit.with_changes(cfg, model={"d_model": 48, "n_heads": 4, "d_ff": 64}, train={"batch_size": 48})
-    assert fit.divides(wide, {"data": 1, "fsdp": 16, "tensor": 1}) and not fit.divides(wide, {"data": 2, "fsdp": 16, "tensor": 1})
-    assert not fit.divides(wide, {"data": 16, "fsdp": 1, "tensor": 3})
+    assert fit.divides(wide, {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}) and not fit.divides(wide, {"data": 2, "fsdp": 16, "expert": 1, "tensor": 1})
+    assert not fit.divides(wide, {"data": 16, "fsdp": 1, "expert": 1, "tensor": 3})
 
 
 def test_a_refused_program_tells_what_it_needs():
@@ -261,6 +388,19 @@ def test_a_billion_parameters_on_sixteen_chips_reach_their_goals(tmp_path):
 
 
 @pytest.mark.slow
+def test_moments_and_activations_of_a_tpu_are_in_the_hosts_memory(tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        "model: {d_model: 512, n_layers: 8, n_heads: 4, d_ff: 2048, vocab_size: 4096, max_seq_len: 1024}\nmesh: {data: 1, fsdp: 4}\n"
+        "data: {seq_len: 1024}\ntrain: {steps: 100, batch_size: 16, remat: full, loss_chunk: 256}\n")
+    found = compile_for_tpu(tmp_path, str(tmp_path / "small.yaml"), "--topology=v5e-4", "--train.offload=both")
+    memory, held = found["memory"], found["held"]
+    assert memory["host_arguments"] == pytest.approx(held["optimizer"], rel=1e-3)  # all moments
+    assert memory["arguments"] == pytest.approx(held["parameters"], rel=0.01)  # nothing but them
+    assert memory["host_temporaries"] == 8 * 4 * 1024 * 512 * 2  # of each layer its input, in bfloat16
+    assert memory["peak"] < 0.25e9  # 0.293 GB without
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [["gpipe"], ["1f1b"], ["interleaved", "--train.virtual_stages=2"], ["zero_bubble"]], ids=lambda s: s[0])
 def test_every_pipeline_schedule_compiles_for_tpu_with_the_splash_kernel(schedule, tmp_path):
     (tmp_path / "toy.yaml").write_text(
@@ -270,6 +410,21 @@ def test_every_pipeline_schedule_compiles_for_tpu_with_the_splash_kernel(schedul
     found = compile_for_tpu(tmp_path, str(tmp_path / "toy.yaml"), "--topology=v5e-4", f"--train.pipeline={name}", *more)
     assert found["kernels"] >= 4  # the forward's kernel, and the backward's, which begins with the forward's again
     assert found["memory"]["peak"] < 0.1e9
+
+
+@pytest.mark.slow
+def test_a_pipeline_on_tpu_holds_less_with_1f1b_by_what_the_tables_say(tmp_path):
+    from jaxllm.parallel.schedule import make
+    from jaxllm.parallel.table import lower
+
+    (tmp_path / "small.yaml").write_text(
+        "model: {d_model: 1024, n_layers: 8, n_heads: 8, d_ff: 2816, vocab_size: 32000, max_seq_len: 2048}\ndata: {seq_len: 2048}\n"
+        "train: {steps: 10, batch_size: 64, micro_batches: 16, remat: full, loss_chunk: 256}\nmesh: {stage: 4, data: 1, fsdp: 4}\n")
+    alive = [compile_for_tpu(tmp_path, str(tmp_path / "small.yaml"), "--topology=v5e-16", f"--train.pipeline={name}")["memory"]["alive"]
+             for name in ("gpipe", "1f1b")]
+    tables = [lower(make(name, 4, 16)) for name in ("gpipe", "1f1b")]
+    predicted = (tables[0].x_slots + tables[0].g_slots - tables[1].x_slots - tables[1].g_slots) * 2048 * 1024 * 2
+    assert alive[0] - alive[1] == pytest.approx(predicted, rel=0.1)
 
 
 @pytest.mark.slow

@@ -198,17 +198,22 @@ def test_a_broken_config_of_a_run_is_told_in_a_line(done, tmp_path, capsys):
     assert "config.yaml: not valid YAML" in capsys.readouterr().err
 
 
-def test_without_a_place_for_compiled_programs_training_goes_on(tmp_path, capsys):
+def test_without_a_place_for_compiled_programs_training_goes_on(tmp_path, capsys, monkeypatch):
     from jaxllm.platform import start_jax
 
     (tmp_path / "file").touch()
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
+        start_jax(tmp_path / "cache")  # several CPU devices: programs out of the cache may hang there
+        assert jax.config.jax_compilation_cache_dir is None and not jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", True)
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
         start_jax(tmp_path / "file" / "cache")
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)
     assert "compiled programs are not kept" in capsys.readouterr().err
 
 

@@ -59,7 +59,8 @@ def test_nothing_is_written_over_what_still_waits(tables):
     for shape, schedule in tables.items():
         table, p = lower(schedule), schedule.stages
         last = p * schedule.virtual_stages - 1
-        xs, gs, sent = [{} for _ in range(p)], [{} for _ in range(p)], [(None, None)] * p
+        xs, gs, ws = [[{} for _ in range(p)] for _ in range(3)]
+        sent = [(None, None)] * p
         for t, row in enumerate(schedule.rows):
             cells = [{k: int(c[t, s]) for k, c in table.columns.items()} for s in range(p)]
             for s, cell in enumerate(cells):
@@ -72,14 +73,17 @@ def test_nothing_is_written_over_what_still_waits(tables):
                     assert (cell["first"], cell["last"], cell["micro"], cell["chunk"]) == (v == 0, v == last, op.micro, op.chunk)
                     if op.kind == FORWARD:
                         y = "x", v + 1, op.micro
-                    if v > 0 and cell["op"]:
+                    if v > 0 and cell["op"] and op.kind != WEIGHT:
                         assert xs[s][cell["x"]] == ("x", v, op.micro), (shape, t, s)
-                    if op.kind != FORWARD and (v < last or op.kind == WEIGHT):
+                    if op.kind in (BACKWARD, INPUT) and v < last:
                         assert gs[s][cell["g"]] == ("g", v, op.micro), (shape, t, s)
                     if op.kind in (BACKWARD, INPUT):
                         dx = "g", v - 1, op.micro
                     if op.kind == INPUT:
-                        gs[s][cell["g_stays"]] = "g", v, op.micro
+                        assert cell["w"] < table.w_slots
+                        ws[s][cell["w"]] = v, op.micro
+                    if op.kind == WEIGHT:
+                        assert ws[s][cell["w"]] == (v, op.micro), (shape, t, s)
                 sent.append((y, dx))
 
 
@@ -87,7 +91,8 @@ def test_nothing_is_written_over_what_still_waits(tables):
 def test_slots_are_p_for_1f1b_and_m_for_gpipe(m):
     assert lower(make("gpipe", 4, m)).x_slots == m
     assert lower(make("1f1b", 4, m)).x_slots == 4
-    assert lower(make("zero_bubble", 4, m)).x_slots == 4
+    assert (lower(make("zero_bubble", 4, m)).x_slots, lower(make("zero_bubble", 4, m)).w_slots) == (4, 4)
+    assert lower(make("1f1b", 4, m)).w_slots == 0
     assert lower(make("interleaved", 4, m, 2)).x_slots < 12
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.model.heads import LanguageModel
+from jaxllm.model.heads import LanguageModel, cast
 from jaxllm.model.transformer import unstack
 from jaxllm.partition import constrain, leaf_name
 
@@ -31,11 +31,11 @@ class Weights(NamedTuple):
 @partial(jax.jit, static_argnums=(0, 1))
 def prepare(graph: nnx.GraphDef, dtype, params: nnx.State) -> Weights:
     """Returns the weights in the compute type; where layers are unrolled, cut apart once instead of at every token."""
-    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params = cast(params, dtype)
     model = nnx.merge(graph, params)
     if not model.trunk.form.unroll:
         return Weights(params, None)
-    block_L = unstack(nnx.state(model.trunk.blocks_L, nnx.Param), model.trunk.n_layers)
+    block_L = unstack(nnx.state(model.trunk.blocks_L, nnx.Param), model.trunk.n_units)
     return Weights(_without_blocks(params), [_placed(block) for block in block_L])
 
 
@@ -61,7 +61,7 @@ def read_prompt(model: LanguageModel, block_L, token_BT, first_B, slots: int):
         o_BTNH = model.trunk.form.attention(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=model.window)
         return o_BTNH, (_slots(k_BTKH, slots), _slots(v_BTKH, slots))
 
-    x_BTD, cache_L = _layers(model, block_L, model.trunk.embed(token_BT), pos_BT, attend, None)
+    x_BTD, cache_L = _layers(model, block_L, model.trunk.embed(token_BT), pos_BT, attend, None, doc_BT > 0)
     return model.trunk.norm(x_BTD[:, -1:])[:, 0], cache_L
 
 
@@ -105,12 +105,12 @@ def grow(cache_L, slots: int):
     return jax.tree.map(one, cache_L)
 
 
-def _layers(model, block_L, x_BTD, pos_BT, attend, cache_L):
+def _layers(model, block_L, x_BTD, pos_BT, attend, cache_L, real_BT=None):
     if block_L is None:
-        return model.trunk.blocks(x_BTD, pos_BT, attend, cache_L)
+        return model.trunk.blocks(x_BTD, pos_BT, attend, cache_L, real_BT=real_BT)[:2]
     graph, angles, caches = nnx.graphdef(model.trunk.blocks_L), model.trunk.angles(pos_BT), []
     for params, cache in zip(block_L, cache_L or [None] * len(block_L), strict=True):
-        x_BTD, cache = nnx.merge(graph, params)(x_BTD, angles, attend, cache)
+        x_BTD, cache, _ = nnx.merge(graph, params)(x_BTD, angles, attend, cache, real_BT=real_BT)
         caches.append(cache)
     return x_BTD, caches
 

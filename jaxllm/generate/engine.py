@@ -18,7 +18,7 @@ from jaxllm.generate import cache, decode, sample
 from jaxllm.generate.config import SampleConfig
 from jaxllm.generate.text import Text
 from jaxllm.model.config import ModelConfig
-from jaxllm.partition import replicated, spec
+from jaxllm.partition import batch_parts, replicated, spec
 from jaxllm.train.state import compute_dtype
 
 LEAST_PROMPT, LEAST_SLOTS = 16, 128  # shorter ones are padded: each size is one more program to compile
@@ -114,7 +114,7 @@ class Engine:
 
     def _batch(self, texts: list[Text], seeds):
         """Returns ((token_BT, first_B, last_B, seed_B) on the devices, T): a power of two of rows, times the data shards."""
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = batch_parts(self.mesh)
         B = -(-power_of_two(len(texts)) // parts) * parts
         T = power_of_two(max(len(t.prompt) for t in texts), LEAST_PROMPT)
         token_BT = np.full((B, T), self.tokenizer.pad_id, np.int32)

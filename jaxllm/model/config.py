@@ -1,7 +1,44 @@
 """The knobs of the architecture. No jax here, so that `--help` and planning stay quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sparse layers: a router sends each token to a few of many feed-forwards (docs/moe.md)."""
+
+    experts: int = 0  # experts of a sparse layer; 0: every layer is dense
+    top_k: int = 2  # experts that each token goes to
+    every: int = 1  # every n-th layer is sparse, from the n-th on; the others are dense
+    d_ff: int | None = None  # width of an expert's hidden layer; null: model.d_ff
+    shared: int = 0  # experts beside these that every token goes to, computed as one dense feed-forward (DeepSeek-MoE)
+    router: Literal["softmax", "sigmoid"] = "softmax"  # what makes an expert's score of its logit
+    normalize: bool | None = None  # the weights of a token's experts sum to 1; null: where top_k is above 1
+    # in training an expert takes, of each row, this many times its even share of the tokens, the first ones; the rest is
+    # dropped. null: none are (dropless). Evaluation and generation never drop
+    capacity: float | None = None
+    balance_loss: float = 0.0  # weight of the load-balancing loss (Switch: 1e-2)
+    z_loss: float = 0.0  # weight of the router's squared log-normaliser (ST-MoE: 1e-3)
+    # what a step adds to the selection bias of each expert with less than the mean load, and takes from those with more:
+    # balance without a loss (DeepSeek-V3: 1e-3); 0: no biases
+    bias_rate: float = 0.0
+
+    def __post_init__(self):
+        for name, least in (("experts", 0), ("top_k", 1), ("every", 1), ("shared", 0), ("balance_loss", 0), ("z_loss", 0),
+                            ("bias_rate", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"model.moe.{name}={getattr(self, name)}: should be at least {least}")
+        if self.d_ff is not None and self.d_ff < 1:
+            raise ValueError(f"model.moe.d_ff={self.d_ff}: should be at least 1, or null")
+        if self.capacity is not None and self.capacity <= 0:
+            raise ValueError(f"model.moe.capacity={self.capacity}: should be above 0, or null for dropless")
+        if self.experts and self.top_k > self.experts:
+            raise ValueError(f"model.moe.top_k={self.top_k} is more than model.moe.experts={self.experts}")
+
+    @property
+    def normalized(self) -> bool:
+        return self.top_k > 1 if self.normalize is None else self.normalize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +63,7 @@ class ModelConfig:
     init: Literal["fan_in", "normal"] = "fan_in"
     dropout: float = 0.0  # share of each block's output set to 0 in training
     tied: bool = False  # the output head is the embedding's transpose
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self):
         for name in ("d_model", "n_layers", "n_heads", "max_seq_len"):
@@ -46,6 +84,8 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={getattr(self, name)}: should be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: should be in [0, 1)")
+        if self.moe.experts and self.n_layers % self.moe.every:
+            raise ValueError(f"model.n_layers={self.n_layers} is not divisible by model.moe.every={self.moe.every}")
 
     @property
     def head_dim(self) -> int:
@@ -54,6 +94,19 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def layers_a_unit(self) -> int:
+        """Layers that one stacked, scanned unit holds: with sparse layers among dense ones, a whole turn of them."""
+        return self.moe.every if self.moe.experts else 1
+
+    @property
+    def sparse_layers(self) -> int:
+        return self.n_layers // self.moe.every if self.moe.experts else 0
+
+    @property
+    def expert_width(self) -> int:
+        return self.moe.d_ff or self.ff_width
 
     @property
     def gated(self) -> bool:

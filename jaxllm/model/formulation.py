@@ -9,6 +9,8 @@ from functools import partial
 
 from jaxllm.model.attention import dense_at, dense_masked, splash, splash_at
 from jaxllm.model.attention_cpu import causal_chunked
+from jaxllm.model.dispatch import by_ragged_dot
+from jaxllm.model.moe_cpu import by_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,24 +19,26 @@ class Formulation:
     attention_at: Callable  # (q_BTNH, k_BSKH, v_BSKH, doc_BT, doc_BS, *, window): the queries are the last T of S positions
     unroll: bool  # layers one after the other in the program, instead of one scanned body
     flatten: bool  # [B, T] merged into one axis before each matmul
+    grouped: Callable  # (x_MD, w_EDF, size_E) -> y_MF: rows sorted by expert times their expert's weights
     context: int = 1  # parts of a sequence that are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
     remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
+    offload: bool = False  # whether what it keeps goes to the host's memory
 
 
 PLATFORMS = {
     # XLA's CPU matmuls are 25-32 % faster on 2-d operands, and unrolled layers save 12-20 % (docs/LOG.md)
-    "cpu": Formulation(attention=causal_chunked, attention_at=dense_at, unroll=True, flatten=True),
+    "cpu": Formulation(attention=causal_chunked, attention_at=dense_at, unroll=True, flatten=True, grouped=by_blocks),
     # scan: compile time does not grow with depth
-    "tpu": Formulation(attention=splash, attention_at=splash_at, unroll=False, flatten=False),
-    "gpu": Formulation(attention=dense_masked, attention_at=dense_at, unroll=False, flatten=False),
+    "tpu": Formulation(attention=splash, attention_at=splash_at, unroll=False, flatten=False, grouped=by_ragged_dot),
+    "gpu": Formulation(attention=dense_masked, attention_at=dense_at, unroll=False, flatten=False, grouped=by_ragged_dot),
 }
 
 
-def for_platform(platform: str, *, remat: str = "none") -> Formulation:
+def for_platform(platform: str, *, remat: str = "none", offload: bool = False) -> Formulation:
     """Returns the formulation of a mesh's platform."""
-    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat)
+    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat, offload=offload)
 
 
 REFERENCE = Formulation(attention=partial(dense_masked, implementation="xla"), attention_at=dense_at, unroll=False,
-                        flatten=False)
+                        flatten=False, grouped=by_ragged_dot)

@@ -1,23 +1,37 @@
 """The trunk: embedding, stacked blocks, final norm. Heads stand in heads.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
 from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of, weight
+from jaxllm.model.moe import SparseFeedForward
 from jaxllm.partition import constrain
 
 KEEP = jax.checkpoint_policies.save_only_these_names
+NAMES = {  # name -> the tensors of a layer that it keeps
+    "mlp": ("gate", "up"), "qkv_attention": ("qkv", "attention"), "qkv": ("qkv",), "attention": ("attention",), "full": (),
+}
 REMAT = {  # name -> what jax.checkpoint keeps besides a layer's input; "none" keeps everything and is not wrapped at all
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mlp": KEEP("gate", "up"),
-    "qkv_attention": KEEP("qkv", "attention"),
-    "qkv": KEEP("qkv"),
-    "attention": KEEP("attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    **{name: KEEP(*kept) for name, kept in NAMES.items()},
 }
+
+
+def policy(remat: str, offload: bool):
+    """Returns what jax.checkpoint does with a layer's tensors: those of `remat` are kept, and with `offload` they and the
+    layer's input are kept in the host's memory."""
+    if not offload:
+        return REMAT[remat]
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *NAMES[remat]],
+        offload_src="device", offload_dst="pinned_host")
+
 
 def residual(x_BTD):
     """Places the stream between matmuls: positions over `tensor` too (sequence parallelism), but not in a pipeline's stage,
@@ -29,18 +43,42 @@ def residual(x_BTD):
 class Block(nnx.Module):
     """One pre-norm layer: attention, then feed-forward, each added to the residual."""
 
-    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
-        norm, ff = NORMS[cfg.norm], GatedFeedForward if cfg.gated else FeedForward
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs, sparse: bool = False):
+        norm, ff = NORMS[cfg.norm], SparseFeedForward if sparse else GatedFeedForward if cfg.gated else FeedForward
+        self.sparse = sparse
         self.dropout = cfg.dropout
         self.attn_norm, self.attn = norm(cfg.d_model, cfg.norm_eps), Attention(cfg, form, rngs=rngs)
         self.mlp_norm, self.mlp = norm(cfg.d_model, cfg.norm_eps), ff(cfg, form, rngs=rngs)
 
-    def __call__(self, x_BTD, angles, attend, cache=None, key=None):
+    def __call__(self, x_BTD, angles, attend, cache=None, key=None, real_BT=None, capacity=None):
+        """Returns the stream, the cache, and what a sparse layer's router did (Routed; None of a dense layer)."""
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), angles, attend, cache)
         x_BTD = residual(x_BTD + dropout(y_BTD, self.dropout, attn_key))
-        x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key)
-        return residual(x_BTD), cache
+        h_BTD = self.mlp_norm(x_BTD)
+        y_BTD, routed = self.mlp(h_BTD, real_BT, capacity) if self.sparse else (self.mlp(h_BTD), None)
+        return residual(x_BTD + dropout(y_BTD, self.dropout, mlp_key)), cache, routed
+
+
+class Turn(nnx.Module):
+    """Some dense layers and the sparse one after them: what is stacked where not every layer is sparse.
+
+    Its cache is a tuple of its layers' caches.
+    """
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
+        self.n = cfg.layers_a_unit
+        for i in range(self.n):
+            setattr(self, f"layer_{i}", Block(cfg, form, rngs=rngs, sparse=i == self.n - 1))
+
+    def __call__(self, x_BTD, angles, attend, cache=None, key=None, real_BT=None, capacity=None):
+        keys = [None] * self.n if key is None else jax.random.split(key, self.n)
+        caches, found = [], None
+        for i in range(self.n):
+            block = getattr(self, f"layer_{i}")
+            x_BTD, one, routed = block(x_BTD, angles, attend, cache and cache[i], keys[i], real_BT, capacity)
+            caches, found = [*caches, one], found or routed
+        return x_BTD, tuple(caches), found
 
 
 class Trunk(nnx.Module):
@@ -51,16 +89,17 @@ class Trunk(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
-        self.cfg, self.form, self.n_layers = cfg, form, cfg.n_layers
+        self.cfg, self.form, self.n_units = cfg, form, cfg.n_layers // cfg.layers_a_unit
         self.embed_VD = weight(rngs, {"vocab": cfg.vocab_size, "embed": cfg.d_model}, std=std_of(cfg, cfg.d_model))
-        key_L = jax.random.split(rngs.params(), cfg.n_layers)
-        self.blocks_L = nnx.vmap(lambda key: Block(cfg, form, rngs=nnx.Rngs(key)))(key_L)
+        unit = Turn if cfg.layers_a_unit > 1 else partial(Block, sparse=bool(cfg.moe.experts))
+        key_L = jax.random.split(rngs.params(), self.n_units)
+        self.blocks_L = nnx.vmap(lambda key: unit(cfg, form, rngs=nnx.Rngs(key)))(key_L)
         self.norm = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps)
 
-    def __call__(self, token_BT, pos_BT, attend, cache_L=None, key=None):
-        key_L = None if key is None else jax.random.split(key, self.n_layers)
-        x_BTD, cache_L = self.blocks(self.embed(token_BT), pos_BT, attend, cache_L, key_L)
-        return self.norm(x_BTD), cache_L
+    def __call__(self, token_BT, pos_BT, attend, cache_L=None, key=None, real_BT=None, capacity=None):
+        key_L = None if key is None else jax.random.split(key, self.n_units)
+        x_BTD, cache_L, routed_L = self.blocks(self.embed(token_BT), pos_BT, attend, cache_L, key_L, real_BT, capacity)
+        return self.norm(x_BTD), cache_L, routed_L
 
     def embed(self, token_BT):
         # The width is gathered first: a table split both ways cannot be looked up without copying all of it.
@@ -72,25 +111,32 @@ class Trunk(nnx.Module):
         cfg = self.cfg
         return rotation(pos_BT, cfg.head_dim // 2, cfg.rope_theta, cfg.max_seq_len) if cfg.position == "rope" else None
 
-    def blocks(self, x_BTD, pos_BT, attend, cache_L=None, key_L=None):
-        """Runs the layers, all of them or those that a pipeline's stage holds; returns the residual stream and the caches,
-        stacked as they came."""
+    def blocks(self, x_BTD, pos_BT, attend, cache_L=None, key_L=None, real_BT=None, capacity=None):
+        """Runs the layers, all of them or those that a pipeline's stage holds; returns the residual stream, the caches and
+        what the routers did, both stacked.
+
+        Sparse layers leave tokens that are not `real_BT` (padding) alone; with `capacity`, full experts drop tokens.
+        """
         graph, stacked = nnx.split(self.blocks_L)
         angles = self.angles(pos_BT)
 
         def layer(x_BTD, xs):
             params, cache, key = xs
-            return nnx.merge(graph, params)(x_BTD, angles, attend, cache, key)
+            x_BTD = checkpoint_name(x_BTD, "input") if self.form.offload else x_BTD
+            x_BTD, cache, routed = nnx.merge(graph, params)(x_BTD, angles, attend, cache, key, real_BT, capacity)
+            return x_BTD, (cache, routed)
 
         if self.form.remat in REMAT:
-            layer = jax.checkpoint(layer, policy=REMAT[self.form.remat])
+            layer = jax.checkpoint(layer, policy=policy(self.form.remat, self.form.offload))
         if not self.form.unroll:
-            return jax.lax.scan(layer, x_BTD, (stacked, cache_L, key_L))
-        caches = []
+            x_BTD, (cache_L, routed_L) = jax.lax.scan(layer, x_BTD, (stacked, cache_L, key_L))
+            return x_BTD, cache_L, routed_L
+        found = []
         for xs in unstack((stacked, cache_L, key_L), jax.tree.leaves(stacked)[0].shape[0]):
-            x_BTD, cache = layer(x_BTD, xs)
-            caches.append(cache)
-        return x_BTD, None if cache_L is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
+            x_BTD, one = layer(x_BTD, xs)
+            found.append(one)
+        cache_L, routed_L = jax.tree.map(lambda *a: jnp.stack(a), *found)
+        return x_BTD, cache_L, routed_L
 
 
 def unstack(tree, n: int) -> list:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.parallel.schedule import Schedule
 from jaxllm.parallel.table import lower
+from jaxllm.parallel.two_parts import TwoParts, two_parts
 from jaxllm.partition import constrain
 
 
@@ -22,12 +23,12 @@ class Parts(NamedTuple):
     `inputs` what a micro-batch holds, `layered` what it holds for each of those layers."""
 
     embed: Callable  # (shared, inputs) -> x_BTD
-    body: Callable  # (blocks, x_BTD, inputs, layered) -> (x_BTD, what these layers add to the loss: float32)
+    body: Callable  # (blocks, x_BTD, inputs, layered) -> (x_BTD, addition to the loss: float32, what each layer counts: [L, …])
     loss: Callable  # (shared, x_BTD, inputs) -> summed loss, float32
 
 
 def pipeline_value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
-    """Returns f(shared, blocks, inputs, layered) -> (summed loss, gradient of shared, gradient of blocks), all float32.
+    """Returns f(shared, blocks, inputs, layered) -> (summed loss, gradient of shared, of blocks, sums of counts), all float32.
 
     Leaves of `blocks` are [L, …] in the model's order, of `inputs` [m, B, T], of `layered` [m, L, …].
     """
@@ -36,16 +37,16 @@ def pipeline_value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Cal
     run = jax.shard_map(
         partial(_run_table, parts, schedule), mesh=mesh, axis_names={"stage"}, check_vma=False,
         in_specs=(by_stage, PartitionSpec(), by_stage, PartitionSpec(), PartitionSpec(None, None, "stage")),
-        out_specs=(PartitionSpec(), PartitionSpec(), by_stage))
+        out_specs=(PartitionSpec(), PartitionSpec(), by_stage, by_stage))
 
     def cut(a, axis=0):  # [L] -> [chunk, stage, layer of the piece]
         return a.reshape(*a.shape[:axis], v, p, a.shape[axis] // (v * p), *a.shape[axis + 1 :])
 
     def value_and_grad(shared, blocks, inputs, layered):
         columns = jax.tree.map(jnp.asarray, table.columns)
-        loss, d_shared, d_blocks = run(columns, shared, jax.tree.map(cut, blocks), inputs,
-                                       jax.tree.map(partial(cut, axis=1), layered))
-        return loss, d_shared, jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), d_blocks)
+        loss, d_shared, *by_layer = run(columns, shared, jax.tree.map(cut, blocks), inputs,
+                                        jax.tree.map(partial(cut, axis=1), layered))
+        return loss, d_shared, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), by_layer)
 
     return value_and_grad
 
@@ -58,7 +59,13 @@ def _run_table(parts, schedule, columns, shared, blocks, inputs, layered):
     downstream, upstream = [(i, (i + 1) % p) for i in range(p)], [(i, (i - 1) % p) for i in range(p)]
     x_shape = jax.eval_shape(parts.embed, shared, jax.tree.map(lambda a: a[0], inputs))
     blank_BTD = _place(jnp.zeros(x_shape.shape, x_shape.dtype))
-    branches = _branches(parts, schedule.split_backward, shared, blank_BTD)
+    branches, operands = _branches(parts, shared, blank_BTD), []
+    if schedule.split_backward:
+        first, n = partial(jax.tree.map, lambda a: a[0, :1]), jax.tree.leaves(blocks)[0].shape[1]
+        layer = two_parts(parts.body, first(blocks), blank_BTD, jax.tree.map(lambda a: a[0], inputs),
+                          jax.tree.map(lambda a: a[0, 0, :1], layered))
+        branches[2:] = _split_branches(parts, layer, shared, blank_BTD)
+        operands = [jnp.zeros((table.w_slots, n, *a.shape), a.dtype) for a in layer.operands]
 
     def tick(carry, row):
         x_arrived, g_arrived, xs, gs, sums = carry
@@ -68,78 +75,132 @@ def _run_table(parts, schedule, columns, shared, blocks, inputs, layered):
         own = (row, jax.tree.map(lambda a: a[c], blocks), jax.tree.map(lambda a: a[i], inputs),
                jax.tree.map(lambda a: a[i, c], layered), xs[row["x"]], gs[row["g"]])
         y_BTD, dx_BTD, sums = jax.lax.switch(row["op"], branches, own, sums)
-        if schedule.split_backward:
-            gs = gs.at[row["g_stays"]].set(y_BTD)
         x_arrived, g_arrived = jax.lax.ppermute(y_BTD, "stage", downstream), jax.lax.ppermute(dx_BTD, "stage", upstream)
         return (x_arrived, g_arrived, xs, gs, sums), None
 
     def slots(n):
         return constrain(jnp.zeros((n + 1, *blank_BTD.shape), blank_BTD.dtype), None, "batch", "seq", "act")
 
+    one = jax.tree.map(lambda a: a[0], (blocks, inputs, layered))
+    counted = jax.eval_shape(parts.body, one[0], blank_BTD, one[1], jax.tree.map(lambda a: a[0], one[2]))[2]
+    counted = jax.tree.map(lambda a: jnp.zeros((schedule.virtual_stages, *a.shape), jnp.float32), counted)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (shared, blocks))
-    start = (blank_BTD, blank_BTD, slots(table.x_slots), slots(table.g_slots), (jnp.zeros((), jnp.float32), *zeros))
-    (*_, (loss, d_shared, d_blocks)), _ = jax.lax.scan(tick, start, columns)
+    start = (blank_BTD, blank_BTD, slots(table.x_slots), slots(table.g_slots),
+             (jnp.zeros((), jnp.float32), *zeros, counted, operands))
+    (*_, (loss, d_shared, *by_layer, _)), _ = jax.lax.scan(tick, start, columns)
     loss, d_shared = jax.lax.psum((loss, d_shared), "stage")
-    return loss, d_shared, jax.tree.map(lambda a: a[:, None], d_blocks)
+    return loss, d_shared, *jax.tree.map(lambda a: a[:, None], by_layer)
 
 
-def _branches(parts, split_backward, shared, blank_BTD):
+def _branches(parts, shared, blank_BTD):
     """Returns what a table's codes mean, each (own, sums) -> (x_BTD for the next stage, its gradient for the one before, sums).
 
-    `sums` are the loss and the gradients of `shared` and of this stage's chunks, so far.
+    `sums` are the loss, the gradients of `shared` and of this stage's chunks and what its layers counted, so far, and what
+    weight parts wait for.
     """
-
-    def enter(row, inputs, x_BTD):  # the model's first piece starts from tokens
-        return jax.lax.cond(row["first"], lambda: _place(parts.embed(shared, inputs)), lambda: x_BTD)
 
     def idle(own, sums):
         return blank_BTD, blank_BTD, sums
 
     def forward(own, sums):
         row, blocks, inputs, layered, x_BTD, _ = own
-        y_BTD, _ = parts.body(blocks, enter(row, inputs, x_BTD), inputs, layered)
+        y_BTD, *_ = parts.body(blocks, _enter(parts, shared, row, inputs, x_BTD), inputs, layered)
         return _place(y_BTD), blank_BTD, sums
-
-    def output_gradient(row, inputs, y_BTD, extra, g_BTD, loss, d_shared):
-        """Returns the gradient that a piece starts from: what the next one sent, or the head's; and the sums."""
-
-        def of_loss():
-            one, (d_own, g_BTD) = jax.value_and_grad(parts.loss, argnums=(0, 1))(shared, y_BTD, inputs)
-            return _place(g_BTD), loss + one, _add(d_shared, d_own)
-
-        g_BTD, loss, d_shared = jax.lax.cond(row["last"], of_loss, lambda: (g_BTD, loss, d_shared))
-        return g_BTD, loss + extra, d_shared
-
-    def embed_gradient(row, inputs, dx_BTD, d_shared):
-        def of_embed():
-            return _add(d_shared, jax.vjp(lambda shared: parts.embed(shared, inputs), shared)[1](dx_BTD)[0])
-
-        return jax.lax.cond(row["first"], of_embed, lambda: d_shared)
 
     def backward(own, sums):
         row, blocks, inputs, layered, x_BTD, g_BTD = own
-        loss, d_shared, d_blocks = sums
-        x_BTD = enter(row, inputs, x_BTD)
-        if split_backward:
-            (y_BTD, extra), pull = jax.vjp(lambda x: parts.body(blocks, x, inputs, layered), x_BTD)
-        else:
-            (y_BTD, extra), pull = jax.vjp(lambda b, x: parts.body(b, x, inputs, layered), blocks, x_BTD)
-        g_BTD, loss, d_shared = output_gradient(row, inputs, y_BTD, extra, g_BTD, loss, d_shared)
-        *d_own, dx_BTD = pull((g_BTD, jnp.ones_like(extra)))
-        d_shared = embed_gradient(row, inputs, dx_BTD, d_shared)
-        if d_own:
-            d_blocks = _add_at(row["chunk"], d_blocks, d_own[0])
-        return g_BTD if split_backward else blank_BTD, _place(dx_BTD), (loss, d_shared, d_blocks)
+        loss, d_shared, d_blocks, counted, operands = sums
+        x_BTD = _enter(parts, shared, row, inputs, x_BTD)
 
-    def weight(own, sums):
+        def body(blocks, x_BTD):
+            y_BTD, extra, counted = parts.body(blocks, x_BTD, inputs, layered)
+            return (y_BTD, extra), counted
+
+        (y_BTD, extra), pull, own_counts = jax.vjp(body, blocks, x_BTD, has_aux=True)
+        g_BTD, loss, d_shared = _output_gradient(parts, shared, row, inputs, y_BTD, g_BTD, loss + extra, d_shared)
+        d_own, dx_BTD = pull((g_BTD, jnp.ones_like(extra)))
+        d_shared = _embed_gradient(parts, shared, row, inputs, dx_BTD, d_shared)
+        d_blocks, counted = _add_at(row["chunk"], d_blocks, d_own), _add_at(row["chunk"], counted, own_counts)
+        return blank_BTD, _place(dx_BTD), (loss, d_shared, d_blocks, counted, operands)
+
+    return [idle, forward, backward]
+
+
+def _split_branches(parts: Parts, layer: TwoParts, shared, blank_BTD):
+    """Returns the two parts of a backward, layer by layer: the first leaves in `operands` [slot, layer, …] what the second
+    multiplies."""
+
+    def add(where, d_blocks, ones, early):  # to those gradients that come in this part
+        leaves, structure = jax.tree.flatten(d_blocks)
+        ones = iter(ones)
+        leaves = [a.at[where].add(next(ones)[0].astype(a.dtype)) if own is early else a
+                  for a, own in zip(leaves, layer.early, strict=True)]
+        return jax.tree.unflatten(structure, leaves)
+
+    def one(tree):  # a layer's slice as layers in a row
+        return jax.tree.map(lambda a: a[None], tree)
+
+    def by_input(own, sums):
         row, blocks, inputs, layered, x_BTD, g_BTD = own
-        loss, d_shared, d_blocks = sums
-        x_BTD = enter(row, inputs, x_BTD)
-        (_, extra), pull = jax.vjp(lambda b: parts.body(b, x_BTD, inputs, layered), blocks)
-        d_own = pull((g_BTD, jnp.ones_like(extra)))[0]
-        return blank_BTD, blank_BTD, (loss, d_shared, _add_at(row["chunk"], d_blocks, d_own))
+        loss, d_shared, d_blocks, counted, operands = sums
 
-    return [idle, forward, backward, weight] if split_backward else [idle, forward, backward]
+        def up(carry, xs):
+            x_BTD, loss = carry
+            x_BTD, extra, own_counts, kept = layer.forward(one(xs[0]), x_BTD, inputs, one(xs[1]))
+            return (_place(x_BTD), loss + extra), (jax.tree.map(lambda a: a[0], own_counts), kept)
+
+        def down(carry, xs):
+            g_BTD, d_blocks, operands = carry
+            i, blocks, layered, kept = xs
+            g_BTD, found, d_early = layer.by_input(one(blocks), kept, inputs, one(layered), g_BTD)
+            operands = [a.at[row["w"], i].set(b) for a, b in zip(operands, found, strict=True)]
+            return (_place(g_BTD), add((row["chunk"], i), d_blocks, d_early, True), operands), None
+
+        start = _enter(parts, shared, row, inputs, x_BTD), loss
+        (y_BTD, loss), (own_counts, kept) = jax.lax.scan(up, start, (blocks, layered))
+        counted = _add_at(row["chunk"], counted, own_counts)
+        g_BTD, loss, d_shared = _output_gradient(parts, shared, row, inputs, y_BTD, g_BTD, loss, d_shared)
+        start, n = (g_BTD, d_blocks, operands), jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
+        (dx_BTD, d_blocks, operands), _ = jax.lax.scan(down, start, (n, blocks, layered, kept), reverse=True)
+        d_shared = _embed_gradient(parts, shared, row, inputs, dx_BTD, d_shared)
+        return blank_BTD, dx_BTD, (loss, d_shared, d_blocks, counted, operands)
+
+    def by_weights(own, sums):
+        row, blocks, inputs, layered, _, _ = own
+        loss, d_shared, d_blocks, counted, operands = sums
+
+        def each(d_blocks, xs):
+            i, blocks, layered = xs
+            d_late = layer.by_weights(one(blocks), [a[row["w"], i] for a in operands], inputs, one(layered))
+            return add((row["chunk"], i), d_blocks, d_late, False), None
+
+        n = jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
+        d_blocks, _ = jax.lax.scan(each, d_blocks, (n, blocks, layered))
+        return blank_BTD, blank_BTD, (loss, d_shared, d_blocks, counted, operands)
+
+    return [by_input, by_weights]
+
+
+def _enter(parts, shared, row, inputs, x_BTD):
+    """Returns a piece's input: the model's first starts from tokens."""
+    return jax.lax.cond(row["first"], lambda: _place(parts.embed(shared, inputs)), lambda: x_BTD)
+
+
+def _output_gradient(parts, shared, row, inputs, y_BTD, g_BTD, loss, d_shared):
+    """Returns the gradient that a piece's backward starts from, what the next one sent or the head's, and the sums."""
+
+    def of_loss():
+        one, (d_own, g_BTD) = jax.value_and_grad(parts.loss, argnums=(0, 1))(shared, y_BTD, inputs)
+        return _place(g_BTD), loss + one, _add(d_shared, d_own)
+
+    return jax.lax.cond(row["last"], of_loss, lambda: (g_BTD, loss, d_shared))
+
+
+def _embed_gradient(parts, shared, row, inputs, dx_BTD, d_shared):
+    def of_embed():
+        return _add(d_shared, jax.vjp(lambda shared: parts.embed(shared, inputs), shared)[1](dx_BTD)[0])
+
+    return jax.lax.cond(row["first"], of_embed, lambda: d_shared)
 
 
 def _place(x_BTD):

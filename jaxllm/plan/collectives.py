@@ -13,6 +13,8 @@ from jaxllm.plan.hlo import Instruction, Module, array_bytes, runs
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
 
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -31,21 +33,25 @@ class Collective:
         return self.payload * share.get(self.kind, (n - 1) / n)
 
 
-def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collective]:
+def read(module: Module, sizes: dict[str, int], dcn: dict[str, int] | None = None) -> list[Collective]:
     """Returns the collectives of one step on a mesh of these axes, slowest first.
 
     A collective that the compiler spread over several fusions, to run it beside other work, appears in each of them under
-    one channel: it is counted once. What goes to other slices is sent through the host and named beside the sending.
+    one channel: it is counted once. A reduce-scatter may be a fusion that holds an all-reduce and a cut. What goes to other
+    slices is sent through the host and named beside the sending; `dcn`: how many slices each axis goes over.
     """
-    found, seen = [], set()
+    found, seen, scattered = [], set(), set()
     for i, times in runs(module, of_instruction):
         if i.opcode == "send" and (over := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)):
-            group = across(sizes, slices)
+            group = across(sizes, dcn or {})
             named = over[1].lower().replace("_", "-")
             found.append(Collective(named, axis_of(group, sizes), group, array_bytes(i.shape)[0], times, i.op_name))
         kind = i.opcode.removesuffix("-start")
+        if i.opcode == "fusion" and i.called.get("calls", "").startswith("all-reduce-scatter"):
+            scattered |= set(module.computations[i.called["calls"]])
         if kind not in KINDS:
             continue
+        kind = "reduce-scatter" if i in scattered else kind
         channel = re.search(r"channel_id=(\d+)", i.rest)
         if "chain_id=" in i.rest and channel:
             if (channel[1], times) in seen:
@@ -55,10 +61,10 @@ def read(module: Module, sizes: dict[str, int], slices: int = 1) -> list[Collect
     return [c for c in found if len(c.group) > 1]
 
 
-def across(sizes: dict[str, int], slices: int) -> tuple[int, ...]:
-    """Returns one device of each slice: `data` goes over the slices, each of which holds an equal part of it."""
-    inner = math.prod(n for axis, n in sizes.items() if list(sizes).index(axis) > list(sizes).index("data"))
-    return tuple(k * sizes["data"] // slices * inner for k in range(slices))
+def across(sizes: dict[str, int], dcn: dict[str, int]) -> tuple[int, ...]:
+    """Returns the first device of each slice: an axis that goes over several has an equal part in each of them."""
+    first = np.ix_(*[[k * n // dcn.get(axis, 1) for k in range(dcn.get(axis, 1))] for axis, n in sizes.items()])
+    return tuple(int(d) for d in np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))[first].ravel())
 
 
 def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) -> Collective:
@@ -70,18 +76,18 @@ def _collective(kind: str, i: Instruction, times: int, sizes: dict[str, int]) ->
     arrays = array_bytes(i.shape)
     if i.opcode.endswith("-start"):  # (what goes in, what comes out, contexts); an all-reduce's is what comes out
         arrays = arrays if kind == "all-reduce" else [max(arrays)]
-    payload = sum(arrays) * (len(group) if kind == "reduce-scatter" else 1)
+    payload = sum(arrays) * (len(group) if i.opcode == "reduce-scatter" else 1)  # a part comes out
     return Collective(kind, axis_of(group, sizes), group, payload, times, i.op_name)
 
 
 def groups(text: str, n_devices: int) -> tuple[int, ...]:
-    """Returns the first of an instruction's replica groups, written in any of XLA's three ways."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    """Returns the first of an instruction's replica groups, written in any of XLA's three ways; raises on a fourth."""
+    if found := MESH_GROUPS.search(text):
         dims = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        ids, names, used = np.arange(math.prod(dims.values())), [], []
-        shape = []
+        ids = transposed(found[2] or str(math.prod(dims.values())), found[3])
+        shape, names, used = [], [], []
         for name, n in dims.items():
-            part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", found[2])
+            part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", found[4])
             if part and part[1]:  # a part of the axis: (what is left of it)its size
                 pre, size = int(part[1]), int(part[2])
                 shape += [pre, size, n // pre // size]
@@ -93,13 +99,19 @@ def groups(text: str, n_devices: int) -> tuple[int, ...]:
         grid = ids.reshape(shape)
         return tuple(int(d) for d in grid[tuple(slice(None) if n in used else 0 for n in names)].ravel())
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        ids = np.arange(int(found[1]) * int(found[2])).reshape([int(d) for d in found[3].split(",")])
-        if found[4]:
-            ids = ids.transpose([int(d) for d in found[4].split(",")])
-        return tuple(int(d) for d in ids.reshape(int(found[1]), int(found[2]))[0])
+        return tuple(int(d) for d in transposed(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return tuple(int(d) for d in found[1].split(","))
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        raise ValueError(f"replica groups that cannot be read: {text[text.index('replica_groups='):][:200]}")
     return tuple(range(n_devices))  # none given: all of them
+
+
+def transposed(dims: str, axes: str | None) -> np.ndarray:
+    """Returns 0, 1, 2, … in an array of these dimensions, its axes in another order: "2,4", "1,0"."""
+    shape = [int(d) for d in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(a) for a in axes.split(",")]) if axes else ids
 
 
 def axis_of(group: Sequence[int], sizes: dict[str, int]) -> str:

@@ -21,15 +21,20 @@ from jaxllm.train.flops import forward_flops_per_token, training_flops_per_token
 
 def main(cfg: CompileVerb) -> dict:
     """Compiles the training step of a config for a TPU topology and prints what one device would hold and do."""
-    from jaxllm.plan import fit, report_text
+    from jaxllm.plan import fit, report_text, search
+    from jaxllm.plan.picture import check_picture, draw
 
     topology = find(cfg.topology, cfg.slices)
     cfg = with_vocabulary(cfg)
     check_mesh(cfg, topology)
+    if cfg.picture:
+        check_picture(cfg.picture)
     where = libtpu()
     if cfg.search:
-        rows = fit.search(cfg, topology, lambda one: compile_in_child(one, topology, where), say)
+        rows = search.search(cfg, topology, lambda one: compile_in_child(one, topology, where), say)
         print(report_text.pareto(rows, topology))
+        if cfg.picture:
+            draw(rows, topology, cfg.picture)
         return {"topology": topology.name, "slices": topology.slices, "search": rows}
     say(f"compiling {describe(cfg)} for {topology.name}")
     found = compile_in_child(cfg, topology, where)
@@ -46,7 +51,9 @@ def say(line: str) -> None:
 def describe(cfg: CompileVerb) -> str:
     degrees_of = {name: size for name, size in config.flatten(dataclasses.asdict(cfg.mesh)).items() if size != 1}
     mesh = " x ".join(f"{axis} {size}" for axis, size in degrees_of.items()) or "one device"
-    return f"mesh {mesh}, remat {cfg.train.remat}, micro-batches {cfg.train.micro_batches}, loss chunk {cfg.train.loss_chunk}"
+    host = "" if cfg.train.offload == "none" else f" with {cfg.train.offload} on the host"
+    return (f"mesh {mesh}, remat {cfg.train.remat}{host}, micro-batches {cfg.train.micro_batches}, "
+            f"loss chunk {cfg.train.loss_chunk}")
 
 
 def check_mesh(cfg: CompileVerb, topology: Topology) -> None:
@@ -105,7 +112,7 @@ def compile_in_child(cfg: CompileVerb, topology: Topology, where: str | None) ->
         found = json.loads(result.read_text(encoding="utf-8"))
     if "mistake" in found:
         raise UserError(found["mistake"])
-    return found | {"topology": topology.name, "slices": topology.slices,
+    return found | {"topology": topology.name, "slices": topology.slices, "offload": cfg.train.offload,
                     "copies": "Involuntary full rematerialization" in done.stderr} | times(cfg, topology, found)
 
 
@@ -120,5 +127,9 @@ def times(cfg: CompileVerb, topology: Topology, found: dict) -> dict:
     kernels = 3 * forward_flops_per_token(cfg.model, cfg.data.seq_len)["scores"] * tokens / peak if found["kernels"] else 0.0
     compute = found["cycles"] / topology.clock_hz
     links = sum(row["seconds"] for row in found["collectives"])
+    # each byte goes there and comes back once a step, over a link that chips of a host do not share
+    moved = 2 * (found["memory"]["host_arguments"] + found["memory"]["host_temporaries"])
+    host = moved / (topology.generation.pcie_gb_per_s * 1e9)
     return out | {"fits": found["memory"]["peak"] <= chip.memory_bytes, "compute_s": compute, "kernels_s": kernels,
-                  "links_s": links, "step_s": [max(compute + kernels, links), compute + kernels + links]}
+                  "links_s": links, "host_s": host,
+                  "step_s": [max(compute + kernels, links, host), compute + kernels + links + host]}

@@ -11,12 +11,17 @@ class CompileVerb(PretrainConfig):
     fit: bool = True  # when it does not fit, try which single change makes it fit
     search: bool = False  # try meshes, remat and micro-batches; print who is best in memory against time
     tries: int = 12  # at most so many compilations for `fit` or `search`
+    results: str | None = None  # search: file to note each compilation in; the same command goes on from it
+    picture: str | None = None  # search: file to draw memory against time into, .svg, .png or .pdf
     hlo: str | None = None  # write the compiled program's text to this file
 
     def __post_init__(self):
         super().__post_init__()
         if self.tries < 1:
             raise ValueError(f"tries={self.tries}: should be at least 1")
+        for name in ("results", "picture"):
+            if getattr(self, name) and not self.search:
+                raise ValueError(f"{name}={getattr(self, name)} is of a search: give --search too, or leave it out")
 
     @property
     def slices(self) -> int:

@@ -20,19 +20,27 @@ def whole(cfg: CompileVerb, topology: Topology, found: dict) -> str:
 
 def memory(found: dict) -> list[str]:
     has, lines = found["memory_bytes"], ["memory of one device, GB:"]
-    lines += [f"  {name:<34}{size / 1e9:9.3f}" for name, size in found["held"].items()]
+    offload = found["offload"]
+    where = {"optimizer": "optimizer, on the host" if offload in ("optimizer", "both") else "optimizer"}
+    lines += [f"  {where.get(name, name):<34}{size / 1e9:9.3f}" for name, size in found["held"].items()]
     if "refused" in found:
         refused = found["refused"]
         needs = f"{(refused['needs'] or 0) / 1e9:9.3f}  of {has / 1e9:.2f}: DOES NOT FIT"
         lines.append(f"  {'the compiler refuses: it needs':<34}{needs}")
         return lines + [f"    {one['bytes'] / 1e9:8.3f}  {one['from']}" for one in refused["largest"]]
-    if found["activations"] is not None:
-        lines.append(f"  {'activations kept for the backward':<34}{found['activations'] / 1e9:9.3f}")
+    kept = found["activations"] if offload in ("none", "optimizer") else None  # on the host they are told apart below
+    if kept is not None:
+        lines.append(f"  {'activations kept for the backward':<34}{kept / 1e9:9.3f}")
     m = found["memory"]
-    named = found["held"]["gradients"] + found["held"]["logits"] + (found["activations"] or 0)
+    named = found["held"]["gradients"] + found["held"]["logits"] + (kept or 0)
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    return [*lines, f"  {'other buffers, gaps included':<34}{max(m['temporaries'] - named, 0) / 1e9:9.3f}",
-            f"  {'peak':<34}{m['peak'] / 1e9:9.3f}  of {has / 1e9:.2f}: {verdict}"]
+    lines += [f"  {'other buffers, gaps included':<34}{max(m['temporaries'] - named, 0) / 1e9:9.3f}",
+              *([f"  {'alive at once, at most':<34}{m['alive'] / 1e9:9.3f}"] if m.get("alive") else []),
+              f"  {'peak':<34}{m['peak'] / 1e9:9.3f}  of {has / 1e9:.2f}: {verdict}"]
+    if offload == "none":
+        return lines
+    return [*lines, f"  {'host memory, for one device':<34}{(m['host_arguments'] + m['host_temporaries']) / 1e9:9.3f}  moments "
+                    f"{m['host_arguments'] / 1e9:.3f}, activations {m['host_temporaries'] / 1e9:.3f}"]
 
 
 def changes(found: dict) -> list[str]:
@@ -65,8 +73,10 @@ def time(topology: Topology, found: dict) -> list[str]:
         f"{topology.generation.clock_ghz:g} GHz ({parts})",
         f"  {found['kernels_s']:.3f}  attention kernels, {found['kernels']} runs without an estimate: their FLOPs at the peak",
         f"  {found['links_s']:.3f}  collectives, on their links with nothing else going on",
+        *([f"  {found['host_s']:.3f}  to the host's memory and back, one after the other, at "
+           f"{topology.generation.pcie_gb_per_s:g} GB/s"] if found["host_s"] else []),
         f"  {found['roofline_s']:.3f}  roofline: model FLOPs at the chip's peak",
-        f"  {found['step_s'][0]:.3f} to {found['step_s'][1]:.3f}  a step, collectives hidden wholly to not at all: "
+        f"  {found['step_s'][0]:.3f} to {found['step_s'][1]:.3f}  a step, transfers hidden wholly to not at all: "
         f"MFU {found['roofline_s'] / found['step_s'][0]:.0%} to {found['roofline_s'] / found['step_s'][1]:.0%}",
     ]
     if found["unread_loops"]:
@@ -78,11 +88,13 @@ def time(topology: Topology, found: dict) -> list[str]:
 
 def pareto(rows: list[dict], topology: Topology) -> str:
     lines = [f"{len(rows)} ways compiled for {topology.name}; * = none is better in both memory and time",
-             f"  {'':2}{'mesh':<28}{'remat':<8}{'micro':>6}{'peak GB':>9}{'step s':>9}"]
+             f"  {'':2}{'mesh':<28}{'remat':<15}{'micro':>6}  {'offload':<10}{'peak GB':>9}{'step s':>9}"]
     for r in rows:
         peak = "-" if r["peak_gb"] is None else f"{r['peak_gb']:.2f}"
         step = "-" if r["step_s"] is None else f"{r['step_s']:.3f}"
-        note = "" if r["fits"] else "  " + r.get("why", "does not fit")
-        star = "* " if r["best"] else "  "
-        lines.append(f"  {star}{r['mesh']:<28}{r['remat']:<8}{r['micro_batches']:>6}{peak:>9}{step:>9}{note}")
+        note = "" if r["fits"] else "  " + (r["why"] or "does not fit")
+        way = f"{'* ' if r['best'] else '  '}{r['mesh']:<28}{r['remat']:<15}{r['micro_batches']:>6}  {r['offload']:<10}"
+        lines.append(f"  {way}{peak:>9}{step:>9}{note}")
+    if not any(r["fits"] for r in rows):
+        lines.append("  none fits; a larger slice is needed, or more --tries")
     return "\n".join(lines)

@@ -95,16 +95,20 @@ def draw(schedule: Schedule, path: str) -> None:
             axes.add_patch(Rectangle((t, s), 1, 1, facecolor=COLORS[op and op.kind], alpha=0.65 if later else 1,
                                      edgecolor="white", linewidth=0.8))
             if op:
-                axes.text(t + 0.5, s + 0.5, str(op.micro), ha="center", va="center", color="white",
+                axes.text(t + 0.5, s + 0.5, str(op.micro), ha="center", va="center",
+                          color="white" if op.kind in (FORWARD, BACKWARD) and not later else "#222222",
                           fontsize=7 if box > 0.2 else 5)
-    axes.set(xlim=(0, ticks), ylim=(p, 0), xlabel="tick", yticks=[s + 0.5 for s in range(p)],
+    axes.set(xlim=(0, ticks), ylim=(p, 0), xlabel="tick (numbers in boxes: micro-batches)", yticks=[s + 0.5 for s in range(p)],
              yticklabels=[f"stage {s}" for s in range(p)])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(describe(facts(schedule)).split("\nlive")[0], fontsize=9, loc="left")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     kinds = [*dict.fromkeys(op.kind for row in schedule.rows for op in row if op), None]
-    figure.legend(handles=[Patch(facecolor=COLORS[k], label=MEANINGS[k]) for k in kinds], loc="outside lower left",
-                  ncols=len(kinds), frameon=False, fontsize=8)
+    handles = [Patch(facecolor=COLORS[k], label=MEANINGS[k]) for k in kinds]
+    if schedule.virtual_stages > 1:
+        handles.append(Patch(facecolor="none", label="pale: a stage's " + ("second chunk" if schedule.virtual_stages == 2 else
+                                                                            "2nd, 4th, … chunk")))
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=8)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jaxllm"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)

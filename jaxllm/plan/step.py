@@ -75,17 +75,24 @@ def mesh_of(cfg: CompileVerb, topology):
 
 
 def memory(compiled) -> dict:
-    """Returns XLA's own account, in bytes. The peak counts temporaries as the compiler packed them, gaps included."""
+    """Returns XLA's own account, in bytes.
+
+    `alive` is the most that is held at once. `peak` adds up arguments, temporaries and outputs as `memory_analysis` tells
+    them: on a TPU its temporaries count what a loop carries twice, so it is an upper bound (docs/plan-compile.md). What is in
+    the host's memory counts apart: arguments there are moments, temporaries are what layers keep.
+    """
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return {"peak": peak, "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
-            "program": m.generated_code_size_in_bytes}
+            "program": m.generated_code_size_in_bytes, "alive": getattr(m, "peak_memory_in_bytes", None),
+            "host_arguments": m.host_argument_size_in_bytes, "host_temporaries": m.host_temp_size_in_bytes}
 
 
 def held(cfg: CompileVerb, program) -> dict:
     """Returns the bytes of what the step holds by name, on one device, from the types and placements."""
     import jax
 
+    from jaxllm.partition import batch_parts
     from jaxllm.train.state import compute_dtype
 
     def local(tree):
@@ -93,7 +100,7 @@ def held(cfg: CompileVerb, program) -> dict:
 
     mesh, params = program.mesh.shape, local(program.abstract.params)
     kind = compute_dtype(cfg.train.precision, "tpu").itemsize
-    rows = cfg.train.batch_size // cfg.train.micro_batches // (mesh["data"] * mesh["fsdp"])
+    rows = cfg.train.batch_size // cfg.train.micro_batches // batch_parts(program.mesh)
     positions = min(cfg.train.loss_chunk, cfg.data.seq_len) // mesh["context"]
     return {"parameters": params, "optimizer": local(program.abstract.opt_state),
             "gradients": params if cfg.train.micro_batches > 1 else params * kind // 4,
@@ -107,7 +114,7 @@ def of_text(cfg: CompileVerb, text: str, mesh, topology) -> dict:
 
     module, sizes = hlo.parse(text), dict(mesh.shape)
     places = [(tuple(d.coords), getattr(d, "slice_index", 0) or 0) for d in mesh.devices.flat]
-    found = collectives.read(module, sizes, topology.slices)
+    found = collectives.read(module, sizes, {"data": cfg.mesh.dcn.data, "fsdp": cfg.mesh.dcn.fsdp})
 
     def seconds(c):
         return link_seconds(topology, c.kind, c.sent, [places[i] for i in c.group])[0]

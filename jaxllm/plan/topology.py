@@ -23,6 +23,7 @@ class Generation:
     wraps: int  # a side of this many chips or a multiple of it is a ring, a shorter one a line
     host_gb_per_s: float  # a host's way out to other slices
     host_chips: int
+    pcie_gb_per_s: float  # a chip's way to its host's memory, one way
     shapes: tuple[str, ...]
 
 

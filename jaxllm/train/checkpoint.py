@@ -19,6 +19,7 @@ from jaxllm.mesh import MeshConfig
 from jaxllm.parallel.processes import is_first, together
 from jaxllm.partition import leaf_name, make_mesh
 from jaxllm.train.config import CheckpointConfig
+from jaxllm.train.offload import beside_host, looked_at
 from jaxllm.train.run_folder import read_config
 from jaxllm.train.state import TrainState
 
@@ -159,7 +160,7 @@ def _named(tree) -> dict:
 def describe(state: TrainState) -> dict:
     """Returns {leaf: [shape, type, checksum]} of a state, as JSON."""
     named = _named(state)
-    sums = jax.device_get(_checksums(list(named.values())))
+    sums = jax.device_get(_checksums([beside_host(x) for x in named.values()]))
     return {name: [list(x.shape), str(x.dtype), int(total)] for (name, x), total in zip(named.items(), sums, strict=True)}
 
 
@@ -179,7 +180,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 def check_sums(tree, arrays: dict) -> list[str]:
     """Returns the names of the arrays that differ from their checksums."""
     named = _named(tree)
-    sums = jax.device_get(_checksums(list(named.values())))
+    sums = jax.device_get(_checksums([beside_host(x) for x in named.values()]))
     return [name for name, total in zip(named, sums, strict=True) if int(total) != arrays[name][2]]
 
 
@@ -225,7 +226,7 @@ def load_model(folder, step: int | None = None, mesh=None):
     folder = pathlib.Path(folder)
     cfg = read_config(folder)
     mesh = mesh or run_mesh(cfg)
-    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, 1), mesh)
+    program = build(cfg.model, looked_at(cfg.train), make_optimizer(cfg.optim, 1), mesh)
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore_params(program.abstract.params, step, damaged=tell_damaged)
     if found is None:

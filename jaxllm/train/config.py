@@ -9,6 +9,8 @@ from jaxllm.mesh import MeshConfig
 from jaxllm.model.config import ModelConfig
 from jaxllm.parallel.config import ProcessesConfig
 
+NAMED = ("mlp", "qkv_attention", "qkv", "attention", "full")  # values of train.remat that say by name what is kept of a layer
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -32,16 +34,29 @@ class TrainConfig:
     sync: Literal["every_step", "local_sgd", "diloco"] = "every_step"
     inner_steps: int = 30  # local_sgd, diloco: steps between two meetings
     outer_lr: float = 0.7  # diloco: learning rate of the outer step
-    outer_momentum: float = 0.9  # diloco: Nesterov momentum of the outer step
+    # diloco: Nesterov momentum of the outer step. Chosen on runs of 6 and 30 meetings from scratch (docs/parallel.md); the
+    # paper has 0.9, for more meetings and from a trained model
+    outer_momentum: float = 0.5
     groups: int = 1  # local_sgd, diloco: groups that train alone, as many as mesh.data (times mesh.dcn.data) has places
+    staleness: int = 0  # local_sgd, diloco: rounds a group may be ahead of the others; what came of a meeting is merged so late
+    fragments: int = 1  # local_sgd, diloco: parts of the layers, in turn, that meet at steps of their own (Streaming DiLoCo)
+    overlap: int = 0  # local_sgd, diloco: steps after a meeting until what came of it is merged (Streaming DiLoCo's tau)
+    # with overlap: share of its own parameters that a group keeps in a merge (Streaming DiLoCo's alpha); null: it keeps all of
+    # its progress since the meeting
+    mixing: float | None = None
     # with mesh.stage > 1: the order in which stages work on the micro-batches (`jaxllm plan schedule` draws it)
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1  # interleaved: pieces of the model that each stage holds
+    # with mesh.stage > 1: embedding, head and their optimizer state are split over the stages, and gathered once a step
+    split_embedding: bool = False
     # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the
     # named tensors (mlp: gate and up; attention: what the TPU's attention kernel gave; qkv), or all of a layer (full)
     remat: Literal["none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full"] = "none"
+    # what is kept in the host's memory (TPU, GPU): of each layer its input and what `remat` names, the optimizer's moments,
+    # or both. Slower; for a model that does not fit even with remat full (`jaxllm plan compile` tells)
+    offload: Literal["none", "activations", "optimizer", "both"] = "none"
     xla: Literal["tuned", "plain"] = "tuned"  # compiler options: those that chips.yaml holds for the chip, or none
     # attention of a sequence that mesh.context splits: keys and values of all devices brought to each, or passed around
     context_attention: Literal["gather", "ring"] = "gather"
@@ -64,10 +79,7 @@ class TrainConfig:
         if (self.sync != "every_step") != (self.groups > 1):
             raise ValueError(f"train.sync={self.sync} with train.groups={self.groups}: local_sgd and diloco need 2 groups or "
                              "more, every_step has 1")
-        if self.sync != "every_step" and self.steps is not None and self.steps % self.inner_steps:
-            nearest = -(-self.steps // self.inner_steps) * self.inner_steps
-            raise ValueError(f"train.steps={self.steps} is not divisible by train.inner_steps={self.inner_steps}: what groups "
-                             f"learn last would be lost; nearest: {nearest}")
+        self._check_meetings()
         for name in ("z_loss", "eval_every", "eval_rows", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be 0 or more")
@@ -75,6 +87,23 @@ class TrainConfig:
             raise ValueError(f"train.batch_size={self.batch_size} is not divisible by train.micro_batches={self.micro_batches}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"train.label_smoothing={self.label_smoothing}: should be in [0, 1)")
+
+    def _check_meetings(self):
+        """Raises ValueError when groups could not meet as the settings say."""
+        for name, off in (("staleness", 0), ("fragments", 1), ("overlap", 0), ("mixing", None)):
+            value = getattr(self, name)
+            if self.sync == "every_step" and value != off:
+                raise ValueError(f"train.{name}={value} with train.sync=every_step: is for local_sgd and diloco")
+        most = self.inner_steps
+        if self.staleness < 0 or not 1 <= self.fragments <= most or not 0 <= self.overlap < most:
+            raise ValueError(f"train.staleness={self.staleness}, train.fragments={self.fragments}, train.overlap="
+                             f"{self.overlap}: should be 0 or more, 1 to {most} (train.inner_steps), and 0 to {most - 1}")
+        if self.staleness and self.overlap:
+            raise ValueError(f"train.staleness={self.staleness} with train.overlap={self.overlap}: what came of a meeting is "
+                             "merged whole rounds later, or some steps later; give one")
+        if self.mixing is not None and not (0 <= self.mixing <= 1 and self.overlap):
+            raise ValueError(f"train.mixing={self.mixing} with train.overlap={self.overlap}: should be in [0, 1], and needs "
+                             "overlap above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from jaxllm.errors import UserError
 from jaxllm.partition import leaf_name, spec
 from jaxllm.train.checkpoint import Checkpoints, run_mesh, tell_damaged
 from jaxllm.train.config import InspectVerb
+from jaxllm.train.offload import looked_at
 from jaxllm.train.optim import is_variable, make_optimizer
 from jaxllm.train.pretrain import n_steps
 from jaxllm.train.run_folder import read_config
@@ -22,7 +23,7 @@ def main(cfg: InspectVerb) -> dict:
     folder = pathlib.Path(cfg.run)
     run = read_config(folder)
     mesh = run_mesh(run)
-    program = build(run.model, run.train, make_optimizer(run.optim, n_steps(run)), mesh)
+    program = build(run.model, looked_at(run.train), make_optimizer(run.optim, n_steps(run)), mesh)
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(program.abstract, cfg.step, damaged=tell_damaged)
         steps = checkpoints.steps()
@@ -45,7 +46,8 @@ def by_part(params) -> dict[str, int]:
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
-        part = name.split("blocks_L.")[-1].split(".")[0] if "blocks_L" in name else name.split(".")[-1].split("_")[0]
+        kinds = [k for k in name.split("blocks_L.")[-1].split(".") if not k.startswith("layer_")]
+        part = kinds[0] if "blocks_L" in name else name.split(".")[-1].split("_")[0]
         counts[part] = counts.get(part, 0) + leaf.size
     return counts | {"all": sum(counts.values())}
 

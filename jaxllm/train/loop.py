@@ -56,9 +56,12 @@ class StopRequest:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def agreed(self, step: int, every: int) -> str | None:
+    def agreed(self, step: int, every: int, ask=None) -> str | None:
         """Returns the signal's name when it is time to stop. Several processes must stop after the same step: they ask each
-        other every so many steps."""
+        other every so many steps, or by `ask`, which makes nobody wait."""
+        if ask is not None:
+            number = ask(signal.Signals[self.name].value if self.name else 0)
+            return signal.Signals(number).name if number else None
         if jax.process_count() == 1 or step % every:
             return self.name if jax.process_count() == 1 else None
         number = highest(signal.Signals[self.name].value if self.name else 0)
@@ -115,20 +118,20 @@ def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every
             if step < run.steps:
                 batch = _put(next(batches), rows)  # while the step runs
             # read once: a signal that comes while this step is saved is the next step's
-            stopping = stop.agreed(step, log_cfg.every)
+            stopping = stop.agreed(step, log_cfg.every, run.program.agreed)
             finished = step == run.steps
             due = {"eval": _due(step, train_cfg.eval_every, finished), "sample": _due(step, train_cfg.sample_every, finished),
                    "save": finished or stopping is not None or step % checkpoint_every == 0}
             if any(due.values()):
                 _read(run, pending, names, log_cfg.every, clock)
                 pending = None
-                _aside(run, due, step, state, clock)
+                _aside(run, due, step, run.program.whole(state), clock)
             if stopping is not None and step < run.steps:
                 run.checkpoints.wait()
                 run.log.incident(step, "stopped", f"stopped by {stopping} after step {step}; run the same command to go on")
                 raise Stopped(f"stopped after step {step}, saved; run the same command to go on")
     run.checkpoints.wait()
-    return state
+    return run.program.whole(state)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -143,7 +146,7 @@ def _put(batch: dict, rows) -> dict:
 def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None:
     """Waits for a step's metrics; stops the run if they are not finite; logs them if it is their turn."""
     step, metrics = pending
-    metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+    metrics = {k: np.asarray(v) for k, v in run.program.read(metrics).items()}
     if why := not_finite(names, metrics):
         run.checkpoints.wait()
         good = run.checkpoints.steps()
@@ -161,6 +164,7 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
         "grad_norm": float(metrics["grad_norm"]), "lr": float(metrics["lr"]), "tokens_per_s": round(rate, 1),
         "step_s": round(seconds, 5), "model_tflops_per_s": float(f"{rate * run.flops_per_token / 1e12:.4g}"),
     }
+    line |= {k: round(float(metrics[k]), 5) for k in ("expert_load", "balance_loss", "dropped_share") if k in metrics}
     if run.peak_flops is not None:
         line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
     line |= memory()

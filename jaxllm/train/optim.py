@@ -60,7 +60,7 @@ def decayed(params, cfg: OptimConfig):
 
     def shrinks(var):
         embedding = var.axes[0] == "vocab"
-        return var.replace("norm" not in var.axes and (not embedding or cfg.decay_embeddings))
+        return var.replace(not {"norm", "balance"} & set(var.axes) and (not embedding or cfg.decay_embeddings))
 
     return jax.tree.map(shrinks, params, is_leaf=is_variable)
 
@@ -68,15 +68,17 @@ def decayed(params, cfg: OptimConfig):
 def muon_dimensions(params):
     """Returns which axes of each block matrix Muon contracts and produces; None for what AdamW trains.
 
-    Leading layer axes are matrices of their own.
+    Leading axes of layers and experts are matrices of their own.
     """
 
     def dimensions(var):
         if not jax.tree.leaves(var):  # optax masks what the other of the two optimizers trains
             return var
         axes, stacked = var.axes, var.ndim - len(var.axes)
-        if "vocab" in axes or "norm" in axes:
+        if {"vocab", "norm", "balance"} & set(axes):
             return var.replace(None)
+        if axes[0] == "experts":
+            axes, stacked = axes[1:], stacked + 1
         own = range(stacked, var.ndim)
         reads = own[:1] if axes[0] == "embed" else own[:-1]
         return var.replace(MuonDimensionNumbers(tuple(reads), tuple(i for i in own if i not in reads)))

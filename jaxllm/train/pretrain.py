@@ -77,13 +77,10 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
     from jaxllm.train.loop import train
-    from jaxllm.train.optim import make_optimizer
-    from jaxllm.train.state import build, check_groups
 
     writes, mesh = is_first(), make_mesh(cfg.mesh)
     check_length(cfg.data.seq_len, mesh)
-    check_groups(cfg.train, mesh)
-    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, steps), mesh, seed=cfg.run.seed)
+    program = _program(cfg, mesh, steps, place)
     stores = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)
     rows = TrainingInput(stores, cfg.data, cfg.train.batch_size, cfg.run.seed, *share)
@@ -112,6 +109,20 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
                 raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
             log.say("")
     return _finish(folder, steps, time.perf_counter() - began, writes)
+
+
+def _program(cfg: PretrainConfig, mesh, steps: int, place: Place | None):
+    """Returns the compiled steps; with groups that may be ahead of each other, those of this process's own."""
+    from jaxllm.train.ahead import ahead, may_be_ahead
+    from jaxllm.train.optim import make_optimizer
+    from jaxllm.train.state import build, check_groups
+
+    check_groups(cfg.train, mesh)
+    train_cfg, optimizer = dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps)
+    program = build(cfg.model, train_cfg, optimizer, mesh, seed=cfg.run.seed)
+    if may_be_ahead(train_cfg, mesh):
+        return ahead(program, cfg.model, train_cfg, optimizer, place, cfg.processes.timeout)
+    return program
 
 
 def resolve(cfg: PretrainConfig, tokenizer) -> PretrainConfig:
@@ -194,16 +205,17 @@ def sample(cfg, program, tokenizer, params) -> list[tuple[str, str]]:
 def _say_what_runs(cfg, program, rows, run, start):
     import jax
 
-    from jaxllm.train.flops import formula
+    from jaxllm.train.flops import active_parameter_count, formula
 
     n = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params))
+    active = f"{active_parameter_count(cfg.model) / 1e6:.2f} M of them active for a token, " if cfg.model.moe.experts else ""
     devices = program.mesh.devices
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     for line in (
-        f"model: {n / 1e6:.2f} M parameters, {cfg.model.n_layers} layers, width {cfg.model.d_model}",
+        f"model: {n / 1e6:.2f} M parameters, {active}{cfg.model.n_layers} layers, width {cfg.model.d_model}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
         *_pipeline(cfg, program),
-        *_groups(cfg, n),
+        *_groups(cfg, program),
         f"run: steps {start + 1} to {run.steps}, {run.tokens_per_step:,} tokens a step, "
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
@@ -227,16 +239,30 @@ def _pipeline(cfg, program):
     return [*said, f"! train.micro_batches: {warning}"] if warning else said
 
 
-def _groups(cfg, n_params: int):
+def _groups(cfg, program):
     """Returns what is to be said of groups that train alone, if there are any."""
-    from jaxllm.parallel.local_sgd import bytes_per_token
+    import jax
+
+    from jaxllm.parallel.meetings import bytes_of_meeting, bytes_per_token
+    from jaxllm.train.state import fragments_of
 
     train, tokens = cfg.train, cfg.train.batch_size * cfg.data.seq_len
     if train.sync == "every_step":
         return []
-    each = bytes_per_token(n_params, train.groups, tokens, train.inner_steps)
-    return [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps: each sends {each:,.1f} bytes a "
-            f"token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each step"]
+    params = program.abstract.params
+    n, sizes = sum(leaf.size for leaf in jax.tree.leaves(params)), fragments_of(train, params)[1]
+    each = bytes_per_token(n, train.groups, tokens, train.inner_steps)
+    parts = f", over {train.fragments} fragments in turn" if train.fragments > 1 else ""
+    late = f", merged {train.overlap} steps later" if train.overlap else ""
+    late = f", merged {train.staleness} rounds later" if train.staleness else late
+    said = [f"sync: {train.sync}, {train.groups} groups meet every {train.inner_steps} steps{parts}{late}: each sends "
+            f"{each:,.1f} bytes a token (4 x 2 (G - 1) / G parameters), {each * train.inner_steps:,.1f} if they met at each "
+            f"step; at most {bytes_of_meeting(max(sizes), train.groups):,.0f} bytes in one meeting"]
+    if jax.process_count() > 1:
+        said += ["losses of steps are those of process 0's groups; held-out losses are of what all share"]
+        if program.agreed is None and late:
+            said += ["! processes hold several groups each, or parts of several: none can be ahead of another"]
+    return said
 
 
 def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:

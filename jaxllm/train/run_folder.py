@@ -24,12 +24,12 @@ OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents
         "tokenizer.model", "damaged-checkpoints")
 # What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
 MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.micro_batches", "train.remat",
-              "train.context_attention", "train.xla",
+              "train.context_attention", "train.xla", "train.offload",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
               "train.sample.", "train.pipeline", "train.virtual_stages", "optim.lr", "optim.final", "optim.weight_decay",
-              "train.inner_steps",
-              "train.outer_lr", "train.outer_momentum", "optim.clip", "optim.zero1", "checkpoint.", "log.", "mesh.",
-              "data.cache", "data.workers", "data.sources.")
+              "train.split_embedding", "train.inner_steps",
+              "train.outer_lr", "train.outer_momentum", "train.mixing", "optim.clip", "optim.zero1", "checkpoint.", "log.",
+              "mesh.", "data.cache", "data.workers", "data.sources.")
 
 
 @contextlib.contextmanager

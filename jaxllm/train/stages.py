@@ -7,18 +7,22 @@ from jax.sharding import Mesh
 
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.heads import cast
 from jaxllm.parallel.context import balance
 from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
 from jaxllm.parallel.schedule import Schedule, make
+from jaxllm.partition import constrain
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.loss import next_token_loss
-from jaxllm.train.step import Objective, micro_key, split
+from jaxllm.train.step import Objective, micro_key, routers_loss, split
 
 
 def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule | None:
     """Returns the table of a run, None without a pipeline; raises UserError when layers or micro-batches do not fit."""
     stages = mesh.shape["stage"]
     if stages == 1:
+        if train.split_embedding:
+            raise UserError("train.split_embedding=true needs mesh.stage of 2 or more, found 1")
         return None
     if mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] > 1 and jax.__version_info__ < (0, 10):
         raise UserError(f"mesh.stage={stages} with both mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']} "
@@ -30,9 +34,11 @@ def schedule_of(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Schedule 
         schedule = make(train.pipeline, stages, train.micro_batches, v)
     except UserError as e:
         raise UserError(f"mesh.stage={stages}, train.pipeline={train.pipeline}: {e}") from None
-    if model.n_layers % (stages * v):
+    unit = model.layers_a_unit
+    if model.n_layers % (stages * v * unit):
         parts = f"mesh.stage={stages}" + (f" x train.virtual_stages={v}" if v > 1 else "")
-        nearest = max(round(model.n_layers / (stages * v)), 1) * stages * v
+        parts += f" x model.moe.every={unit}" if unit > 1 else ""
+        nearest = max(round(model.n_layers / (stages * v * unit)), 1) * stages * v * unit
         raise UserError(f"model.n_layers={model.n_layers}: {parts} does not divide it; nearest: {nearest}")
     return schedule
 
@@ -63,8 +69,9 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
                                chunk=objective.chunk, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)[0]
 
     def body(blocks, x_BTD, inputs, key_L):
-        x_BTD = model(blocks=blocks).layers(x_BTD, inputs["pos_BT"], inputs["doc_BT"], key_L)
-        return x_BTD, jnp.zeros((), jnp.float32)
+        x_BTD, routed_L = model(blocks=blocks).layers(x_BTD, inputs["pos_BT"], inputs["doc_BT"], key_L, objective.capacity)
+        n = jnp.sum(inputs["weight_BT"], dtype=jnp.float32)
+        return x_BTD, n * routers_loss(objective.moe, routed_L), routed_L
 
     parts = Parts(embed=lambda shared, inputs: model(shared).trunk.embed(inputs["token_BT"]), body=body, loss=loss)
     value_and_grad = pipeline_value_and_grad(parts, schedule, mesh)
@@ -72,12 +79,16 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
 
     def loss_and_grads(params, batch, key):
         batch = balance(batch, mesh.shape["context"])
-        shared, blocks = apart(jax.tree.map(lambda p: p.astype(objective.dtype), params))
+        # Placed as on any mesh before the stages take them, however they lie between steps (train.split_embedding): otherwise
+        # the compiler would put permutations into the stages' branches.
+        params = jax.tree.map(lambda var: var if var.ndim > len(var.axes) else var.replace(constrain(var[...], *var.axes)),
+                              cast(params, objective.dtype), is_leaf=lambda x: isinstance(x, nnx.Variable))
+        shared, blocks = apart(params)
         key_mL = None
         if key is not None:
-            n_layers = blocks[0].shape[0]
-            key_mL = jnp.stack([jax.random.split(micro_key(key, i, m), n_layers) for i in range(m)])
-        total, d_shared, d_blocks = value_and_grad(shared, blocks, {k: split(m, x) for k, x in batch.items()}, key_mL)
-        return (total, jnp.sum(batch["weight_BT"], dtype=jnp.float32)), together(d_shared, d_blocks)
+            n_units = blocks[0].shape[0]
+            key_mL = jnp.stack([jax.random.split(micro_key(key, i, m), n_units) for i in range(m)])
+        total, d_shared, d_blocks, routed_L = value_and_grad(shared, blocks, {k: split(m, x) for k, x in batch.items()}, key_mL)
+        return (total, (jnp.sum(batch["weight_BT"], dtype=jnp.float32), routed_L)), together(d_shared, d_blocks)
 
     return loss_and_grads

@@ -18,9 +18,11 @@ from jaxllm.model.formulation import for_platform
 from jaxllm.model.heads import LanguageModel
 from jaxllm.parallel import local_sgd
 from jaxllm.parallel.context import over_context
-from jaxllm.partition import batch_sharding, check_divides, replicated, shardings
+from jaxllm.parallel.meetings import Meetings, cut
+from jaxllm.partition import RULES, batch_parts, batch_sharding, check_divides, replicated, shardings
 from jaxllm.train.config import TrainConfig
-from jaxllm.train.optim import Optimizer
+from jaxllm.train.offload import check_offload, of_activations, of_optimizer, on_host, through_device
+from jaxllm.train.optim import Optimizer, is_variable
 from jaxllm.train.stages import pipelined, schedule_of
 from jaxllm.train.step import Objective, accumulated, eval_step, train_step
 
@@ -44,6 +46,9 @@ class Program:
     abstract: TrainState  # shapes, types and placements
     train_step: Any  # (state, batch) -> (state, metrics); the state is donated
     eval_step: Any  # (params, batch) -> (summed loss, number of tokens)
+    read: Any = jax.device_get  # metrics as the step gives them -> those of the whole batch, on the host
+    whole: Any = lambda state: state  # what the step returns as state -> TrainState, on all devices
+    agreed: Any = None  # a signal's number or 0 -> that of any process, at the same step; None: processes ask each other
 
 
 def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Mesh, *, seed: int = 0) -> Program:
@@ -52,11 +57,13 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     Raises UserError when the mesh does not divide a parameter, the batch, or a part of the batch.
     """
     platform = mesh.devices.flat[0].platform
-    form = for_platform(platform, remat=train.remat)
+    check_offload(train, mesh)
+    form = for_platform(platform, remat=train.remat, offload=of_activations(train))
     if mesh.shape["context"] > 1:
         form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)
     check_batch(train, mesh)
+    check_experts(model, mesh)
     schedule = schedule_of(model, train, mesh)
 
     def make_params(seed):
@@ -69,41 +76,63 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, form, rngs=nnx.Rngs(0))))
     abstract = jax.eval_shape(init, jnp.uint32(0))
-    check_divides(abstract.params, mesh)
-    placed = place(abstract, mesh, zero1=optimizer.zero1)
+    check_divides(abstract.params, mesh, split_embedding=train.split_embedding)
+    placed = place(abstract, mesh, zero1=optimizer.zero1, split_embedding=train.split_embedding)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
-    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout)
+    told = everywhere  # where metrics are
+    objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout,
+                          model.moe if model.moe.experts else None)
     loss_and_grads = partial(accumulated, objective, train.micro_batches)
     if schedule is not None:
         loss_and_grads = pipelined(objective, schedule, mesh, abstract.params)
     step = partial(train_step, objective, optimizer, loss_and_grads)
     if train.sync != "every_step":
-        init, placed, step = in_groups(train, mesh, init, placed, step)
+        init, placed, step = in_groups(train, mesh, abstract.params, init, placed, step)
         abstract = jax.eval_shape(init, jnp.uint32(0))
+        told = NamedSharding(mesh, PartitionSpec(local_sgd.AXIS))
+    if of_optimizer(train):
+        step = through_device(step, placed.opt_state)
+        placed = dataclasses.replace(placed, opt_state=on_host(placed.opt_state, abstract.opt_state))
     known = chip(mesh.devices.flat[0].device_kind) if train.xla == "tuned" else None
-    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, everywhere), donate_argnums=0,
+    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, told), donate_argnums=0,
                    compiler_options=known.xla if known else None)
     evaluate = jax.jit(partial(eval_step, objective), in_shardings=(placed.params, rows), out_shardings=everywhere)
     return Program(
         mesh=mesh, graph=graph, train_step=step, eval_step=evaluate,
         init=lambda: jax.jit(init, out_shardings=placed)(jnp.uint32(seed)),
         abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed),
+        read=jax.device_get if train.sync == "every_step" else local_sgd.read,
     )
 
 
-def in_groups(train: TrainConfig, mesh: Mesh, init, placed: TrainState, step):
+def in_groups(train: TrainConfig, mesh: Mesh, params, init, placed: TrainState, step):
     """Returns (init, placement, step) of groups that train alone between outer steps, from those of one."""
-    outer = local_sgd.outer_optimizer(train.sync, train.outer_lr, train.outer_momentum)
+    outer = outer_of(train, params)
 
     def init_groups(seed):
         one = init(seed)
         return dataclasses.replace(one, opt_state=local_sgd.begin(one.params, one.opt_state, outer, train.groups))
 
-    one = jax.eval_shape(init, jnp.uint32(0))
-    outer_placed = place(dataclasses.replace(one, opt_state=jax.eval_shape(outer.init, one.params)), mesh).opt_state
-    groups = local_sgd.place(placed.params, placed.opt_state, outer_placed, train.groups, mesh)
-    grouped = partial(local_sgd.group_step, step, outer, train.inner_steps, mesh)
-    return init_groups, dataclasses.replace(placed, opt_state=groups), grouped
+    groups = local_sgd.place(placed.params, placed.opt_state, outer, train.groups, mesh)
+    return init_groups, dataclasses.replace(placed, opt_state=groups), partial(local_sgd.group_step, step, outer, mesh)
+
+
+def outer_of(train: TrainConfig, params) -> local_sgd.Outer:
+    """Returns how groups meet over parameters of these shapes."""
+    meetings = Meetings(train.inner_steps, train.fragments, train.overlap + train.staleness * train.inner_steps, train.steps)
+    diloco = train.sync == "diloco"
+    return local_sgd.Outer(meetings, fragments_of(train, params)[0], train.outer_lr if diloco else 1.0,
+                           train.outer_momentum if diloco else None, train.mixing)
+
+
+def fragments_of(train: TrainConfig, params):
+    """Returns the fragments that groups meet over one at a time, and the number of parameters in each."""
+    variables = jax.tree.leaves(params, is_leaf=is_variable)
+    shapes = [(var.shape, var.ndim > len(var.axes)) for var in variables]
+    depth = max(shape[0] for shape, stacked in shapes if stacked)
+    if train.fragments > depth:
+        raise UserError(f"train.fragments={train.fragments}: should be at most the number of stacked layers, {depth}")
+    return cut(train.fragments, shapes)
 
 
 def check_groups(train: TrainConfig, mesh: Mesh) -> None:
@@ -112,17 +141,18 @@ def check_groups(train: TrainConfig, mesh: Mesh) -> None:
         return
     if train.groups != mesh.shape["data"]:
         raise UserError(f"train.groups={train.groups}: should be the degree of mesh.data (times mesh.dcn.data), which is "
-                        f"{mesh.shape['data']}")
+                        f"{mesh.shape['data']}; inside a group, use mesh.fsdp and mesh.tensor")
     if mesh.shape["stage"] > 1:
         raise UserError(f"train.sync={train.sync} cannot be combined with mesh.stage={mesh.shape['stage']}")
 
 
-def place(abstract: TrainState, mesh: Mesh, *, zero1: bool = False) -> TrainState:
+def place(abstract: TrainState, mesh: Mesh, *, zero1: bool = False, split_embedding: bool = False) -> TrainState:
     """Returns the sharding of every leaf: a moment lives where its parameter lives, all else is everywhere.
 
-    With `zero1` a moment is besides split over the `data` axis (Rajbhandari et al. 2020, ZeRO stage 1).
+    With `zero1` a moment is besides split over the `data` axis (Rajbhandari et al. 2020, ZeRO stage 1); with
+    `split_embedding` the vocabulary's weights are over the stages too.
     """
-    params, everywhere = shardings(abstract.params, mesh), replicated(mesh)
+    params, everywhere = shardings(abstract.params, mesh, split_embedding=split_embedding), replicated(mesh)
     leaf_path = jax.tree_util.tree_leaves_with_path
     by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in
                zip(leaf_path(abstract.params), jax.tree.leaves(params), strict=True)}
@@ -158,12 +188,23 @@ def compute_dtype(precision: str, platform: str):
     return jnp.dtype(precision)
 
 
+def check_experts(model: ModelConfig, mesh: Mesh) -> None:
+    experts, parts = model.moe.experts, mesh.shape["expert"]
+    if parts > 1 and not experts:
+        raise UserError(f"mesh.expert={parts} is an axis that a dense model can't use: set model.moe.experts, or mesh.expert=1")
+    if experts % parts:
+        raise UserError(f"model.moe.experts={experts} is not divisible by mesh.expert={parts}")
+    if model.moe.capacity is not None and experts and mesh.shape["context"] > 1:
+        raise UserError(f"model.moe.capacity={model.moe.capacity} with mesh.context={mesh.shape['context']}: an expert's "
+                        "places are given out along whole rows; take capacity=null (dropless), or mesh.context=1")
+
+
 def check_batch(train: TrainConfig, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     rows = train.batch_size // train.micro_batches
     if rows % parts:
         raise UserError(
             f"train.batch_size={train.batch_size} in train.micro_batches={train.micro_batches} parts is {rows} rows a part, "
-            f"which mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} does not divide; "
+            f"which {' x '.join(f'mesh.{a}={mesh.shape[a]}' for a in RULES['batch'])} does not divide; "
             f"nearest batch_size: {-(-rows // parts) * parts * train.micro_batches}"
         )

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxllm.model.config import MoEConfig
+from jaxllm.model.heads import cast
+from jaxllm.model.moe import Routed, losses
 from jaxllm.parallel.context import balance
 from jaxllm.train.loss import next_token_loss
 from jaxllm.train.optim import Optimizer, finite_leaves
@@ -22,39 +25,63 @@ class Objective(NamedTuple):
     z_loss: float
     label_smoothing: float
     dropout: float
+    moe: MoEConfig | None = None  # of a model with sparse layers
+
+    @property
+    def capacity(self) -> float | None:
+        return self.moe and self.moe.capacity
 
 
 def loss_sum(objective: Objective, params, batch, key=None):
     """Returns the summed loss of a batch and the number of its targets, both float32; `key` turns dropout on."""
+    loss, (n, _) = loss_and_routed(objective, params, batch, key)
+    return loss, n
+
+
+def loss_and_routed(objective: Objective, params, batch, key=None):
+    """Returns the summed loss of a batch, the number of its targets, and what the routers did (None without sparse layers)."""
     # The only cast: compute runs in `dtype`, gradients come back in float32.
-    params = jax.tree.map(lambda p: p.astype(objective.dtype), params)
-    model = nnx.merge(objective.graph, params)
+    model = nnx.merge(objective.graph, cast(params, objective.dtype))
     batch = balance(batch, model.trunk.form.context)
-    x_BTD = model.hidden(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key)
-    return next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
-                           z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
+    x_BTD, routed_L = model.hidden_and_routed(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key, objective.capacity)
+    loss, n = next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
+                              z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
+    return loss + n * routers_loss(objective.moe, routed_L), (n, routed_L)
 
 
 def accumulated(objective: Objective, micro_batches: int, params, batch, key):
-    """Returns ((summed loss, number of targets), gradients) of a batch, computed in parts one after the other."""
-    loss_and_grad = jax.value_and_grad(partial(loss_sum, objective), has_aux=True)
+    """Returns ((summed loss, (number of targets, what the routers did)), gradients) of a batch, computed in parts one after
+    the other."""
+    loss_and_grad = jax.value_and_grad(partial(loss_and_routed, objective), has_aux=True)
 
     def accumulate(total, xs):
         i, micro_batch = xs
-        (loss, n), grads = loss_and_grad(params, micro_batch, micro_key(key, i, micro_batches))
-        return jax.tree.map(jnp.add, total, (loss, n, grads)), None
+        (loss, (n, routed_L)), grads = loss_and_grad(params, micro_batch, micro_key(key, i, micro_batches))
+        return jax.tree.map(jnp.add, total, (loss, n, grads)), routed_L
 
     if micro_batches == 1:
         return loss_and_grad(params, batch, key)
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
-    (loss, n, grads), _ = jax.lax.scan(accumulate, zeros, xs)
-    return (loss, n), grads
+    (loss, n, grads), routed_L = jax.lax.scan(accumulate, zeros, xs)
+    return (loss, (n, jax.tree.map(lambda a: jnp.sum(a, axis=0), routed_L))), grads
 
 
 def micro_key(key, i, micro_batches: int):
     """Returns the key of the i-th part of a batch; None, which keeps dropout off, stays None."""
     return key if key is None or micro_batches == 1 else jax.random.fold_in(key, i)
+
+
+def routers_loss(moe: MoEConfig | None, routed_L: Routed | None):
+    """Returns the balance and z losses of sparse layers, weighted and summed over layers; 0 without any.
+
+    They are means over the tokens routed together, a micro-batch, so they count once a target: the sum and the number that
+    it is divided by still fit.
+    """
+    if not (moe and (moe.balance_loss or moe.z_loss)):
+        return jnp.zeros((), jnp.float32)
+    balance_L, z_L = losses(routed_L)
+    return jnp.sum(moe.balance_loss * balance_L + moe.z_loss * z_L)
 
 
 def train_step(objective: Objective, optimizer: Optimizer, loss_and_grads, state, batch):
@@ -63,7 +90,7 @@ def train_step(objective: Objective, optimizer: Optimizer, loss_and_grads, state
     `loss_and_grads(params, batch, key)` is `accumulated`'s, or a pipeline's.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if objective.dropout else None
-    (loss, n), grads = loss_and_grads(state.params, batch, key)
+    (loss, (n, routed_L)), grads = loss_and_grads(state.params, batch, key)
     n = jnp.maximum(n, 1.0)  # a batch without targets moves nothing
     loss, grads = jax.tree.map(lambda x: x / n, (loss, grads))
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, value=loss)
@@ -72,7 +99,30 @@ def train_step(objective: Objective, optimizer: Optimizer, loss_and_grads, state
         "finite_params": finite_leaves(state.params), "finite_grads": finite_leaves(grads),
     }
     params = optax.apply_updates(state.params, updates)
+    if routed_L is not None:
+        metrics |= router_metrics(routed_L)
+        params = with_balanced_biases(objective.moe.bias_rate, params, state.params, routed_L.chosen_E)
     return type(state)(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def router_metrics(routed_L: Routed) -> dict:
+    """Returns the fullest expert's load as a multiple of the mean, of the layer where it is largest, the share of choices
+    that were dropped, and the load-balancing loss (1: perfectly even), the mean of the layers."""
+    load_L = jnp.max(routed_L.chosen_E, axis=-1) / jnp.maximum(jnp.mean(routed_L.chosen_E, axis=-1), 1e-20)
+    return {"expert_load": jnp.max(load_L), "balance_loss": jnp.mean(losses(routed_L)[0]),
+            "dropped_share": jnp.sum(routed_L.dropped) / jnp.maximum(jnp.sum(routed_L.chosen_E), 1.0)}
+
+
+def with_balanced_biases(rate: float, params, before, chosen_LE):
+    """Returns the parameters with each selection bias moved by `rate` towards an even load (Wang et al. 2024), from where
+    it was `before` the optimizer: biases have no gradient, and are not the optimizer's."""
+
+    def one(var, old):
+        if "balance" not in var.axes:
+            return var
+        return var.replace(old[...] + rate * jnp.sign(jnp.mean(chosen_LE, axis=1, keepdims=True) - chosen_LE))
+
+    return jax.tree.map(one, params, before, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def split(micro_batches: int, x_BT):
@@ -81,6 +131,7 @@ def split(micro_batches: int, x_BT):
 
 
 def eval_step(objective: Objective, params, batch):
-    """Returns the summed cross-entropy of a batch in nats, without z-loss or smoothing, and its number of targets."""
-    plain = objective._replace(z_loss=0.0, label_smoothing=0.0, dropout=0.0)
+    """Returns the summed cross-entropy of a batch in nats, without z-loss, smoothing, the routers' losses and
+    dropped tokens, and its number of targets."""
+    plain = objective._replace(z_loss=0.0, label_smoothing=0.0, dropout=0.0, moe=None)
     return loss_sum(plain, params, batch)
