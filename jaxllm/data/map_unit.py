@@ -2,7 +2,9 @@
 
     units/00012/kept.jsonl.zst      the documents that are left
     units/00012/removed.jsonl.zst   the others: why, and the text of some of them
-    units/00012/index.json          ids, sizes, counts: what the parent needs to decide over all documents
+    units/00012/documents.json      ids, sizes, qualities of those that are left: what is needed to decide over all
+    units/00012/shown.json          beginnings of some removed documents, and of some before and after
+    units/00012/index.json          counts
     units/00012/signatures.npy      for deduplication
 
 A unit's folder appears whole or not at all, and depends on nothing but the unit and the settings.
@@ -13,17 +15,19 @@ import collections
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 import time
 
 import numpy as np
-import zstandard
 
+from jaxllm.data.charset import page_text
 from jaxllm.data.document import Document, Removal
 from jaxllm.data.minhash import signatures
 from jaxllm.data.raw import Item, Unit
-from jaxllm.errors import writing
+from jaxllm.data.unit_files import unit_folder, write_lines
+from jaxllm.errors import UserError, writing
 
 EXCERPT = 4000  # characters of a sample
 PAIRS = 3  # before and after, of a unit: those whose ids hash lowest, as all samples, so that order does not matter
@@ -40,7 +44,7 @@ class Worker:
     def stages(self):
         from jaxllm.data.stages import per_document
 
-        return per_document(self.cfg)
+        return per_document(self.cfg, self.folder)
 
     def __call__(self, unit: Unit) -> tuple[int, int]:
         """Does a unit, unless it is done; returns its number and how many documents it holds."""
@@ -56,14 +60,6 @@ class Worker:
             with writing(done):
                 part.rename(done)
         return unit.number, len(unit.items)
-
-
-def unit_folder(folder: str | pathlib.Path, number: int) -> pathlib.Path:
-    return pathlib.Path(folder) / "units" / f"{number:06}"
-
-
-def read_index(folder: str | pathlib.Path, number: int) -> dict:
-    return json.loads((unit_folder(folder, number) / "index.json").read_text(encoding="utf-8"))
 
 
 class _Work:
@@ -102,8 +98,8 @@ class _Work:
             except OSError as e:
                 problem = f"cannot be read: {e.strerror}"
         place = f"{self.unit.source}/{item.path}" + (f"#{item.number}" if item.number else "")
-        ident = item.id or place
-        self.sha.update(f"{place}\0{item.id}\0".encode("utf-8", "surrogateescape"))
+        ident = (item.id or place).encode("utf-8", "replace").decode()
+        self.sha.update(f"{place}\0{item.id}\0".encode("utf-8", "surrogatepass"))
         self.sha.update(data if data is not None else problem.encode())
         meta = {"path": item.path} | item.meta | {"format": item.kind}
         if data is not None and b"\0" in data[:1024] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -126,6 +122,8 @@ class _Work:
             began = time.thread_time()
             try:
                 why = stage(doc)
+            except (MemoryError, UserError):
+                raise
             except Exception as e:  # a page that a library stumbles over must not cost the others
                 why = Removal("error", f"{type(e).__name__}: {e}"[:200])
             self.seconds[stage.name] += time.thread_time() - began
@@ -143,12 +141,14 @@ class _Work:
         row[1] += size
 
     def remove(self, doc: Document, stage: str, why: Removal) -> None:
-        line = {"id": doc.id, "source": doc.source, "stage": stage, "rule": why.rule, "value": why.value}
+        rule, value = why.rule.removeprefix(f"{stage}."), why.value
+        value = value.item() if isinstance(value, np.generic) else value
+        line = {"id": doc.id, "source": doc.source, "stage": stage, "rule": rule, "value": value}
         if why.duplicate_of is not None:
             line["duplicate_of"] = why.duplicate_of
         self.removed.append(line)
-        self.rules[f"{stage}\t{why.rule}"] += 1
-        _keep_lowest(self.samples.setdefault(f"{stage}\t{why.rule}", []), doc.id,
+        self.rules[f"{stage}\t{rule}"] += 1
+        _keep_lowest(self.samples.setdefault(f"{stage}\t{rule}", []), doc.id,
                      {**line, "text": doc.text[:EXCERPT]}, self.cfg.output.samples)
 
     def keep(self, doc: Document, before: str) -> None:
@@ -163,69 +163,50 @@ class _Work:
 
     def finish(self) -> None:
         docs = [doc for doc, _ in self.kept]
-        write_lines(self.part / "kept.jsonl.zst",
-                    ({"id": d.id, "source": d.source, "text": d.text, "meta": d.meta} for d in docs))
+        domain = self.cfg.sources[self.unit.source].domain or self.unit.source
+        frames = write_lines(self.part / "kept.jsonl.zst",
+                             ({"id": d.id, "source": d.source, "text": d.text, "meta": d.meta} for d in docs))
         write_lines(self.part / "removed.jsonl.zst", self.removed)
-        index = {
-            "unit": self.unit.number, "source": self.unit.source, "sha256": self.sha.hexdigest(),
-            "inputs": len(self.unit.items), "ids": [d.id for d in docs], "bytes": [n for _, n in self.kept],
-            "quality": [float(d.meta.get("quality_score", 1.0)) for d in docs],
-            "domain": [str(d.meta.get("domain", d.source)) for d in docs],
-            "funnel": self.funnel, "rules": dict(self.rules), "counts": dict(self.counts), "lengths": self.lengths,
-            "languages": dict(self.languages),
-            "pairs": [one for _, one in self.pairs], "seconds": dict(self.seconds),
-            "samples": {rule: [one for _, one in found] for rule, found in self.samples.items()},
+        tables = {
+            "documents": {
+                "source": self.unit.source, "ids": [d.id for d in docs], "bytes": [n for _, n in self.kept], "frames": frames,
+                "quality": [number(d.meta.get("quality_score")) for d in docs],
+                "domain": [str(d.meta.get("domain") or domain) for d in docs]},
+            "shown": {
+                "pairs": [one for _, one in self.pairs],
+                "samples": {rule: [one for _, one in found] for rule, found in self.samples.items()}},
+            "index": {
+                "source": self.unit.source, "sha256": self.sha.hexdigest(), "inputs": len(self.unit.items),
+                "left": len(docs), "funnel": self.funnel, "rules": self.rules, "counts": self.counts,
+                "lengths": self.lengths, "languages": self.languages, "seconds": self.seconds},
         }
         with writing(self.part):
-            np.save(self.part / "signatures.npy", signatures([doc.text for doc in docs], self.cfg.dedup))
-            (self.part / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+            if self.cfg.dedup.use:
+                np.save(self.part / "signatures.npy", signatures([doc.text for doc in docs], self.cfg.dedup))
+            for name, table in tables.items():
+                (self.part / f"{name}.json").write_text(json.dumps(table, ensure_ascii=False, default=str), encoding="utf-8",
+                                                        errors="replace")
 
 
 def decode(data: bytes | str, meta: dict) -> tuple[str, bool]:
-    """Returns (text, whether bytes were replaced): UTF-8, or what the HTTP header or a byte order mark says."""
+    """Returns (text, whether bytes were replaced): of a page as its transport, its head or its bytes say, else UTF-8."""
     if isinstance(data, str):
         return data, False
+    if meta["format"] == "html":
+        text, _ = page_text(data, meta.get("charset"))
+        return text, "\ufffd" in text and b"\xef\xbf\xbd" not in data
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace"), False
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return data.decode(), False
     except UnicodeDecodeError:
-        pass
-    declared = meta.get("charset") or (_declared(data) if meta.get("format") == "html" else "")
-    if declared and declared.lower().replace("-", "") != "utf8":
-        try:
-            return data.decode(declared, "replace"), False
-        except LookupError:
-            pass
-    return data.decode(errors="replace"), True
+        return data.decode(errors="replace"), True
 
 
-def _declared(data: bytes) -> str:
-    """Returns the encoding that a page's first bytes name (WHATWG HTML, "prescan a byte stream")."""
-    head = data[:1024].lower()
-    at = head.find(b"charset=")
-    return "" if at < 0 else head[at + 8 :].lstrip(b"\"' ").split(b'"')[0].split(b"'")[0].split(b">")[0].split(b";")[0].decode(
-        "ascii", "ignore").strip(" /")
-
-
-def write_lines(path: pathlib.Path, rows) -> int:
-    """Writes rows as .jsonl.zst; returns how many."""
-    n = 0
-    with writing(path), path.open("wb") as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw) as out:
-        for n, row in enumerate(rows, 1):  # noqa: B007
-            out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-    return n
-
-
-def read_lines(path: pathlib.Path):
-    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        held = b""
-        while chunk := stream.read(1 << 20):
-            *lines, held = (held + chunk).split(b"\n")
-            yield from map(json.loads, lines)
-        if held:
-            yield json.loads(held)
+def number(value, otherwise: float = math.nan) -> float:
+    """Returns what an input's metadata has for a number, where it is one."""
+    return float(value) if isinstance(value, (int, float)) else otherwise
 
 
 def _bin(text: str) -> int:
@@ -233,6 +214,6 @@ def _bin(text: str) -> int:
 
 
 def _keep_lowest(found: list, ident: str, row: dict, most: int) -> None:
-    found.append((hashlib.blake2b(ident.encode("utf-8", "surrogateescape"), digest_size=8).digest(), row))
+    found.append((hashlib.blake2b(ident.encode(), digest_size=8).digest(), row))
     found.sort(key=lambda pair: pair[0])
     del found[most:]

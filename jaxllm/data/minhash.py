@@ -28,6 +28,7 @@ TOGETHER = 1 << 16  # characters of short documents that are hashed at once
 
 @dataclass(frozen=True, kw_only=True)
 class DedupConfig:
+    use: bool = True  # remove documents that others repeat
     # what is counted: words (a character of Chinese, Japanese, Thai, Lao, Tibetan, Burmese or Khmer is one), or characters
     unit: Literal["word", "character"] = "word"
     n: int = 5  # words, or characters, of a shingle; 5 words or about 20 characters

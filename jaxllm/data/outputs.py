@@ -12,15 +12,19 @@ import json
 import pathlib
 import shutil
 
-from jaxllm.data.map_unit import read_lines, unit_folder, write_lines
+from jaxllm.data.augment import AugmentConfig
+from jaxllm.data.augment import versions as augmented
+from jaxllm.data.document import Document
+from jaxllm.data.passages import revised_texts
+from jaxllm.data.unit_files import read_lines, unit_folder, write_lines, write_whole
 from jaxllm.errors import writing
 
 
 class UnitWriter:
-    """Writes a unit's part of the output; `fates` holds, for each unit, its documents' new ids, copies and removals."""
+    """Writes a unit's part of the output; a task holds, for each unit, its documents' ids, copies and removals."""
 
-    def __init__(self, folder: str, file_format: str):
-        self.folder, self.format = folder, file_format
+    def __init__(self, folder: str, file_format: str, augment: AugmentConfig):
+        self.folder, self.format, self.augment = folder, file_format, augment
 
     def __call__(self, task: tuple[int, list[str], list[int], dict[int, dict]]) -> dict:
         """Returns the counts of a unit: documents, copies, bytes, and the hash of the text that was written."""
@@ -28,42 +32,48 @@ class UnitWriter:
         out = pathlib.Path(self.folder) / "out"
         done = out / "parts" / f"{unit:06}.json"
         if done.is_file():
-            return json.loads(done.read_text(encoding="utf-8"))
-        rows, sha, n_bytes, source = [], hashlib.sha256(), 0, unit_folder(self.folder, unit)
+            found = json.loads(done.read_text(encoding="utf-8"))
+            if not found["documents"] or self.place(unit).is_file():  # it is not, where the run was killed while publishing
+                return found
+        rows, source, made = [], unit_folder(self.folder, unit), 0
         removed = list(read_lines(source / "removed.jsonl.zst"))
+        changed = revised_texts(self.folder, unit)
         for i, row in enumerate(read_lines(source / "kept.jsonl.zst")):
-            row["id"] = ids[i]
+            row["id"], row["text"] = ids[i], changed.get(i, row["text"])
             if i in removals:
-                removed.append({"id": ids[i], "source": row["source"], **removals[i]})
+                removed.append(removals[i])
                 continue
-            for copy in range(copies[i]):
-                rows.append(row if copy == 0 else row | {"id": f"{ids[i]}#copy{copy + 1}"})
-                sha.update(json.dumps(rows[-1], ensure_ascii=False, sort_keys=True).encode("utf-8", "replace"))
-                n_bytes += len(row["text"].encode())
+            doc = Document(row["id"], row["source"], row["text"], row["meta"])
+            versions = [{k: getattr(one, k) for k in row} for one in augmented(doc, self.augment)] if copies[i] else []
+            made += len(versions)
+            rows += [row if copy == 0 else row | {"id": f"{ids[i]}#copy{copy + 1}"} for copy in range(copies[i])]
+            rows += versions
         if rows:
-            self.write_documents(out / "documents", unit, rows)
+            self.write_documents(unit, rows)
         write_lines(out / "removed" / f"{unit:06}.jsonl.zst", removed)
-        for line in removed:
-            sha.update(json.dumps(line, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace"))
+        sha = hashlib.sha256()
+        for line in (*rows, *removed):
+            sha.update(json.dumps(line, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "replace"))
         found = {"unit": unit, "documents": len(rows), "kept": len(ids) - len(removals), "removed": len(removed),
-                 "bytes": n_bytes, "sha256": sha.hexdigest()}
-        with writing(done):
-            part = done.with_suffix(".part")
-            part.write_text(json.dumps(found), encoding="utf-8")
-            part.replace(done)
+                 "augmented": made, "bytes": sum(len(row["text"].encode()) for row in rows), "sha256": sha.hexdigest()}
+        write_whole(done, json.dumps(found))
         return found
 
-    def write_documents(self, folder: pathlib.Path, unit: int, rows: list[dict]) -> None:
+    def place(self, unit: int) -> pathlib.Path:
+        kind = "parquet" if self.format == "parquet" else "jsonl.zst"
+        return pathlib.Path(self.folder) / "out" / "documents" / f"part-{unit:05}.{kind}"
+
+    def write_documents(self, unit: int, rows: list[dict]) -> None:
         if self.format == "parquet":
             import pyarrow
             from pyarrow import parquet
 
             columns = {k: [row[k] for row in rows] for k in ("id", "source", "text")}
-            columns["meta"] = [json.dumps(row["meta"], ensure_ascii=False) for row in rows]
-            with writing(folder):
-                parquet.write_table(pyarrow.table(columns), folder / f"part-{unit:05}.parquet", compression="zstd")
+            columns["meta"] = [json.dumps(row["meta"], ensure_ascii=False, default=str) for row in rows]
+            with writing(self.place(unit)):
+                parquet.write_table(pyarrow.table(columns), self.place(unit), compression="zstd")
         else:
-            write_lines(folder / f"part-{unit:05}.jsonl.zst", rows)
+            write_lines(self.place(unit), rows)
 
 
 def prepare(folder: pathlib.Path) -> None:
@@ -87,10 +97,13 @@ PUBLISHED = ("documents", "removed-text", "removed.jsonl", "report.html", "card.
 def publish(work: pathlib.Path, target: pathlib.Path) -> None:
     """Moves what is finished into the folder; the manifest comes last, so that a folder with one is whole."""
     for name in PUBLISHED:
-        made = work / "out" / name
-        if made.exists():
-            with writing(target / name):
-                if (target / name).is_dir():
-                    shutil.rmtree(target / name)
-                made.replace(target / name)
+        if (work / "out" / name).exists():
+            move(work / "out" / name, target / name)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def move(made: pathlib.Path, place: pathlib.Path) -> None:
+    with writing(place):
+        if place.is_dir():
+            shutil.rmtree(place)
+        made.replace(place)

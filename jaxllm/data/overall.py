@@ -1,5 +1,6 @@
 """What can only be decided over all documents: names, duplicates, the mixture. Their numbers go unit by unit, in order."""
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Iterator
@@ -7,11 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxllm.data import dedup, homographs, mixture
-from jaxllm.data.map_unit import read_index, read_lines, unit_folder
 from jaxllm.data.minhash import DedupConfig, shingles
 from jaxllm.data.mixture import MixConfig
+from jaxllm.data.passages import cut_passages, revised_texts
 from jaxllm.data.signatures import load_earlier, save
+from jaxllm.data.unit_files import read_index, read_lines, unit_folder
 from jaxllm.errors import writing
+
+HELD = 256  # frames of texts in memory
 
 
 @dataclasses.dataclass
@@ -24,8 +28,9 @@ class Catalogue:
     source: np.ndarray  # index into `sources`
     sources: list[str]
     bytes: np.ndarray
-    quality: np.ndarray
+    quality: np.ndarray  # NaN: not known
     domain: list[str]
+    frames: list[list[list[int]]]  # of each unit: see unit_files.write_lines
     renamed: int  # documents whose id another one had
 
     def unit_of(self, number: int) -> tuple[int, int]:
@@ -34,76 +39,76 @@ class Catalogue:
 
 
 def catalogue(folder: str, n_units: int, sources: list[str]) -> Catalogue:
-    first, ids, source, sizes, quality, domain = [0], [], [], [], [], []
+    first, ids, source, sizes, quality, domain, frames, names = [0], [], [], [], [], [], [], {}
     for unit in range(n_units):
-        index = read_index(folder, unit)
+        index = read_index(folder, unit, "documents")
+        n = len(index["ids"])
         ids += index["ids"]
-        sizes += index["bytes"]
-        quality += index["quality"]
-        domain += index["domain"]
-        source += [sources.index(index["source"])] * len(index["ids"])
+        sizes.append(np.array(index["bytes"], np.int64))
+        quality.append(np.array(index["quality"], np.float32))
+        domain += [names.setdefault(name, name) for name in index["domain"]]  # one string a name
+        source.append(np.full(n, sources.index(index["source"]), np.int32))
+        frames.append(index["frames"])
         first.append(len(ids))
     renamed = _make_unique(ids)
-    return Catalogue(folder, np.array(first), ids, np.array(source, np.int32), sources, np.array(sizes, np.int64),
-                     np.array(quality, np.float32), domain, renamed)
+    return Catalogue(folder, np.array(first), ids, np.concatenate(source), sources, np.concatenate(sizes),
+                     np.concatenate(quality), domain, frames, renamed)
 
 
 def _make_unique(ids: list[str]) -> int:
     """Gives a document whose id was there before another one, in place; returns how many there were."""
-    seen: dict[str, int] = {}
-    taken, renamed = set(ids), 0
+    taken, seen, renamed = set(ids), set(), 0
+    times: dict[str, int] = {}
     for i, name in enumerate(ids):
-        n = seen.get(name, 0)
-        seen[name] = n + 1
-        if n:
-            new = f"{name}#{n + 1}"
-            while new in taken:
-                n += 1
-                new = f"{name}#{n + 1}"
-            ids[i] = new
-            taken.add(new)
-            renamed += 1
+        if name not in seen:
+            seen.add(name)
+            continue
+        n = times.get(name, 1) + 1
+        while (new := f"{name}#{n}") in taken:
+            n += 1
+        times[name] = n
+        ids[i] = new
+        taken.add(new)
+        seen.add(new)
+        renamed += 1
     return renamed
 
 
 def signatures(folder: str, n_units: int, first: np.ndarray) -> np.ndarray:
     """Returns all signatures as one memory-mapped array, in the order of the documents' numbers."""
-    path = unit_folder(folder, 0).parents[1] / "signatures.npy"
-    parts = [np.load(unit_folder(folder, n) / "signatures.npy", mmap_mode="r") for n in range(n_units)]
+    path = pathlib.Path(folder) / "signatures.npy"
+    parts = (np.load(unit_folder(folder, n) / "signatures.npy") for n in range(n_units))
+    part = next(parts)
     with writing(path):
-        out = np.lib.format.open_memmap(path, "w+", parts[0].dtype, (int(first[-1]), *parts[0].shape[1:]))
-        for n, part in enumerate(parts):
+        if not first[-1]:
+            return part
+        out = np.lib.format.open_memmap(path, "w+", part.dtype, (int(first[-1]), *part.shape[1:]))
+        for n in range(n_units):
             out[first[n] : first[n + 1]] = part
+            part = next(parts, None)
         out.flush()
     return np.load(path, mmap_mode="r")
 
 
 class Texts:
-    """Looks texts up by number; keeps the units last used in memory."""
+    """Looks texts up by number, as they came out of the stages before; keeps the frames last used in memory."""
 
-    def __init__(self, found: Catalogue, most_units: int = 8):
-        self.found, self.most, self.held = found, most_units, {}
+    def __init__(self, found: Catalogue):
+        self.found, self.held = found, collections.OrderedDict()
+        self.starts = [np.array([row for row, _ in frames]) for frames in found.frames]
 
     def __call__(self, number: int) -> str:
-        unit, place = self.found.unit_of(number)
-        if unit not in self.held:
-            if len(self.held) >= self.most:
-                del self.held[next(iter(self.held))]
-            self.held[unit] = [row["text"] for row in read_lines(unit_folder(self.found.folder, unit) / "kept.jsonl.zst")]
+        unit, row = self.found.unit_of(number)
+        frame = int(np.searchsorted(self.starts[unit], row, side="right")) - 1
+        first, place = self.found.frames[unit][frame]
+        if (unit, frame) in self.held:
+            self.held.move_to_end((unit, frame))
         else:
-            self.held[unit] = self.held.pop(unit)  # used last
-        return self.held[unit][place]
-
-
-def all_texts(found: Catalogue) -> Iterator[tuple[int, str, str]]:
-    """Yields (number, source, text) of every document, in order."""
-    number = 0
-    for unit in range(len(found.first) - 1):
-        for row in read_lines(unit_folder(found.folder, unit) / "kept.jsonl.zst"):
-            yield number, row["source"], row["text"]
-            number += 1
-
-
+            if len(self.held) >= HELD:
+                self.held.popitem(last=False)
+            path = unit_folder(self.found.folder, unit) / "kept.jsonl.zst"
+            self.held[unit, frame] = [one["text"] for one in read_lines(path, place, one_frame=True)]
+        return self.held[unit, frame][row - first]
 
 
 @dataclasses.dataclass
@@ -112,23 +117,48 @@ class Fates:
 
     found: Catalogue
     copies: np.ndarray  # how often each is written; 0 for those in `removals`
-    removals: dict[int, dict]  # number -> stage, rule, value (and duplicate_of, an id)
+    removals: dict[int, tuple]  # number -> stage, rule, value, number of the document it repeats or an earlier run's id
     report: dict  # what the decisions tell, for the report: cluster sizes, the mixture's audit, …
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    steps: list[tuple[str, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)  # stage, alive, bytes after it
+
+    def __post_init__(self):
+        self.alive = np.ones(len(self.found.ids), bool)
+
+    def remove(self, number: int, stage: str, rule: str, value=None, duplicate_of: int | str | None = None) -> None:
+        self.removals[number] = (stage, rule, value, duplicate_of)
+        self.alive[number], self.copies[number] = False, 0
+
+    def line(self, number: int) -> dict:
+        """Returns what removed.jsonl says of a document."""
+        stage, rule, value, duplicate_of = self.removals[number]
+        told = {"id": self.found.ids[number], "source": self.found.sources[self.found.source[number]], "stage": stage,
+                "rule": rule, "value": value}
+        if duplicate_of is None:
+            return told
+        return told | {"duplicate_of": duplicate_of if isinstance(duplicate_of, str) else self.found.ids[duplicate_of]}
+
+    def done(self, stage: str) -> None:
+        self.steps.append((stage, self.alive.copy(), self.found.bytes.copy()))
 
     def tasks(self) -> Iterator[tuple[int, list[str], list[int], dict[int, dict]]]:
         """Yields what outputs.UnitWriter takes, unit by unit."""
         first = self.found.first
         for unit in range(len(first) - 1):
             low, high = int(first[unit]), int(first[unit + 1])
-            removals = {n - low: self.removals[n] for n in range(low, high) if n in self.removals}
+            removals = {n - low: self.line(n) for n in range(low, high) if n in self.removals}
             yield unit, self.found.ids[low:high], self.copies[low:high].tolist(), removals
 
 
-def decide(cfg, found: Catalogue, say) -> Fates:
+def decide(cfg, found: Catalogue, n_workers: int, say) -> Fates:
     """Returns every document's fate, by the stages that look at all of them."""
     fates = Fates(found, np.ones(len(found.ids), np.int64), {}, {})
-    drop_duplicates(cfg.dedup, fates, say)
+    if cfg.dedup.use:
+        drop_duplicates(cfg.dedup, fates, say)
+        fates.done("dedup")
+    cut_passages(cfg, fates, n_workers, say)
     mix(cfg.mix, fates, say)
+    fates.done("mix")
     if cfg.homographs.use:
         def texts():
             return ((source, text) for n, source, text in all_texts(found) if fates.copies[n])
@@ -137,33 +167,46 @@ def decide(cfg, found: Catalogue, say) -> Fates:
     return fates
 
 
+def all_texts(found: Catalogue) -> Iterator[tuple[int, str, str]]:
+    """Yields (number, source, text) of every document, in order."""
+    number = 0
+    for unit in range(len(found.first) - 1):
+        changed = revised_texts(found.folder, unit)
+        for i, row in enumerate(read_lines(unit_folder(found.folder, unit) / "kept.jsonl.zst")):
+            yield number, row["source"], changed.get(i, row["text"])
+            number += 1
+
+
 def drop_duplicates(cfg: DedupConfig, fates: Fates, say) -> None:
     found, texts = fates.found, Texts(fates.found)
     table, earlier = signatures(found.folder, len(found.first) - 1, found.first), load_earlier(cfg)
-    decision = dedup.decide(table, lambda n: shingles(texts(n), cfg), cfg, quality_N=found.quality, earlier=earlier)
+    quality_N = np.nan_to_num(found.quality, nan=0.5)  # of a document without one: neither good nor bad
+    decision = dedup.decide(table, lambda n: shingles(texts(n), cfg), cfg, quality_N=quality_N, earlier=earlier)
     n = len(found.ids)
     for i in np.flatnonzero(decision.duplicate_of_N >= 0).tolist():
         kept = int(decision.duplicate_of_N[i])
-        fates.copies[i] = 0
-        fates.removals[i] = {"stage": "dedup", "rule": "exact" if decision.exact_N[i] else "near", "value": None,
-                             "duplicate_of": found.ids[kept] if kept < n else earlier.ids[kept - n]}
+        fates.remove(i, "dedup", "exact" if decision.exact_N[i] else "near",
+                     duplicate_of=kept if kept < n else earlier.ids[kept - n])
     rows = np.flatnonzero(decision.duplicate_of_N < 0)
-    save(pathlib.Path(found.folder) / "out" / "dedup", table[rows], (found.ids[i] for i in rows), cfg)
+    save(pathlib.Path(found.folder) / "out" / "dedup", table, (found.ids[i] for i in rows), cfg, rows)
     fates.report["sizes of groups of duplicates"] = [
         {"documents": size, "groups": groups} for size, groups in sorted(decision.cluster_sizes.items()) if size > 1]
+    fates.report["comparisons"] = {"pairs whose texts were compared": decision.compared,
+                                   "pairs with an earlier run's document, judged by signatures": decision.estimated}
     say(f"deduplicated: {len(fates.removals):,} of {n:,} documents go, {decision.compared:,} pairs compared")
 
 
 def mix(cfg: MixConfig, fates: Fates, say) -> None:
-    found = fates.found
-    left = [i for i in range(len(found.ids)) if i not in fates.removals]
-    given = [[of[i] for i in left] for of in (found.ids, [found.sources[s] for s in found.source], found.bytes, found.quality,
-                                              found.domain)]
-    copies = mixture.decide(*given, cfg)
+    found, left = fates.found, np.flatnonzero(fates.alive)
+    if not len(left):
+        return
+    source = [found.sources[s] for s in found.source[left]]
+    given = [source, found.bytes[left], found.quality[left], [found.domain[i] for i in left]]
+    copies = mixture.decide([found.ids[i] for i in left], *given, cfg)
     fates.copies[left] = copies
-    for i in np.array(left)[np.asarray(copies) == 0].tolist():
-        fates.removals[i] = {"stage": "mix", "rule": "share", "value": None}
-    rows = mixture.audit(*given[1:], copies, cfg)
+    for i in left[copies == 0].tolist():
+        fates.remove(i, "mix", "share")
+    rows = mixture.audit(*given, copies, cfg)
     fates.report["mixture"] = rows
     for warning in (row["warning"] for row in rows if row.get("warning")):
         say(f"! mix: {warning}")

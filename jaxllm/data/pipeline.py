@@ -8,7 +8,9 @@
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import pathlib
@@ -19,11 +21,13 @@ import time
 from jaxllm import config
 from jaxllm.data import account, outputs, overall
 from jaxllm.data.classifier import ready
-from jaxllm.data.map_unit import Worker, read_index
+from jaxllm.data.map_unit import Worker
 from jaxllm.data.pipeline_config import DataVerb
 from jaxllm.data.processes import in_order, n_cores
 from jaxllm.data.progress import Progress
 from jaxllm.data.raw import find_files, units
+from jaxllm.data.stages import prepared
+from jaxllm.data.unit_files import read_index
 from jaxllm.errors import RunError, UserError, writing
 
 VERSION = 1  # of what units hold; another one starts anew
@@ -36,6 +40,7 @@ def main(cfg: DataVerb) -> dict:
         raise UserError("sources is empty; should hold a name and a path, e.g. --sources.web.path=pages/")
     files = {name: find_files(s.path, f"sources.{name}.path") for name, s in cfg.sources.items()}
     folder, plan = pathlib.Path(cfg.run.dir), plan_of(cfg, files)
+    cfg = seeded(cfg)
     if finished := _check_folder(folder, cfg, plan):
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
         return finished
@@ -44,10 +49,13 @@ def main(cfg: DataVerb) -> dict:
         begin(work, plan)
         for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
             ready(group, f"{name}.classifier")
+        tables = prepared(cfg, str(work))
         n_units = map_all(cfg, files, work)
+        _check_something_left(work, n_units, cfg)
         found = overall.catalogue(str(work), n_units, list(cfg.sources))
-        _check_something_left(work, n_units, cfg, found)
-        fates = overall.decide(cfg, found, say)
+        fates = overall.decide(cfg, found, cfg.workers or n_cores(), say)
+        fates.report |= tables
+        _check_something_decided(fates)
         parts = write_all(cfg, work, found, fates)
         manifest = account.finish(cfg, work, n_units, found, fates, parts)
         outputs.publish(work, folder)
@@ -61,13 +69,44 @@ def say(line: str) -> None:
 
 def plan_of(cfg: DataVerb, files: dict) -> dict:
     """Returns what the work depends on: settings and input files. Another plan is other work."""
-    settings = config.to_dict(cfg)
+    settings = json.loads(json.dumps(config.to_dict(cfg)))  # tuples as the lists that a file gives back
     del settings["workers"], settings["run"]["dir"], settings["run"]["overwrite"]
     seen = {name: [[p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
             for name, (root, paths) in files.items()}
     hashes = {name: hashlib.sha256(json.dumps(rows).encode("utf-8", "surrogateescape")).hexdigest()
               for name, rows in seen.items()}
+    hashes |= {key: stamp for key, path in named_files(settings) if (stamp := stamp_of(path))}
     return {"version": VERSION, "settings": settings, "files": hashes}
+
+
+# settings that name files beside the sources
+NAMED = ("decontaminate.folder", "filter.lists.hosts", "filter.lists.url_words", "filter.lists.words", "harm.words",
+         "harm.identity", "harm.pairs", "homographs.terms", "dedup.earlier", "filter.classifier.path", "harm.classifier.path")
+
+
+def named_files(settings: dict) -> list[tuple[str, str]]:
+    out = []
+    for key in NAMED:
+        value = functools.reduce(dict.get, key.split("."), settings)
+        if key.endswith("classifier.path") and any(functools.reduce(dict.get, [*key.split(".")[:-1], "train"], settings)[k]
+                                                   for k in ("good", "labelled")):
+            continue  # made by this run
+        out += [(key, path) for path in ([value] if isinstance(value, str) else value or ()) if path]
+    return out
+
+
+def stamp_of(path: str) -> str:
+    """Returns a hash of the sizes and times of a file, or of all files of a folder; "" where there is none."""
+    given = pathlib.Path(path).expanduser()
+    paths = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given] if given.is_file() else []
+    stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest() if stats else ""
+
+
+def seeded(cfg: DataVerb) -> DataVerb:
+    """Returns the settings with run.seed added to the seeds of what is chosen by chance."""
+    return dataclasses.replace(cfg, **{name: dataclasses.replace(group, seed=group.seed + cfg.run.seed)
+                                       for name, group in (("mix", cfg.mix), ("augment", cfg.augment))})
 
 
 def _check_folder(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | None:
@@ -87,7 +126,7 @@ def _check_folder(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | Non
     if before != plan:
         old, new = (config.flatten(p) for p in (before, plan))
         differ = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        differ = ["the files of source " + d.split(":")[0].removeprefix("files.") if d.startswith("files.") else
+        differ = ["the files of " + d.split(":")[0].removeprefix("files.") if d.startswith("files.") else
                   d.removeprefix("settings.") for d in differ]
         raise UserError(f"{folder} holds work with other settings or files ({'; '.join(differ[:5])}): set them back, give "
                         "another run.dir, or --run.overwrite=true to delete it")
@@ -130,16 +169,15 @@ def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
     place = _Places(files)
     n = -1
     todo = (place.note(unit) for unit in units(cfg.sources, files, cfg.read.max_bytes))
-    for number, count in in_order(Worker(cfg, str(work)), todo, cfg.workers or n_cores()):
+    for number, count in in_order(Worker(cfg, str(work)), todo, cfg.workers or n_cores(), "workers"):
         n, documents = number, documents + count
         progress.show(place.position(number), f"{documents:,} documents")
-        index = read_index(work, number) if not kept or cfg.read.on_error == "stop" else None
         if cfg.read.on_error == "stop":
-            _stop_at_unreadable(index)
+            _stop_at_unreadable(read_index(work, number, "shown"))
         if not kept:
-            kept += len(index["ids"])
+            kept += read_index(work, number)["left"]
             if not kept and documents >= EARLY:
-                _stop_empty([index], cfg)
+                _stop_empty([read_index(work, i) for i in range(number + 1)])
     if n < 0:
         raise UserError("no source holds a document")
     took = time.perf_counter() - began
@@ -147,8 +185,8 @@ def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
     return n + 1
 
 
-def _stop_at_unreadable(index: dict) -> None:
-    for rule, found in index["samples"].items():
+def _stop_at_unreadable(shown: dict) -> None:
+    for rule, found in shown["samples"].items():
         if rule.startswith("read\t") and rule != "read\tempty":
             raise UserError(f"{found[0]['id']}: {found[0]['value']} (read.on_error=count removes it and goes on)")
 
@@ -171,22 +209,32 @@ class _Places:
         return self.ends.pop(number, 0)
 
 
-def _check_something_left(work: pathlib.Path, n_units: int, cfg: DataVerb, found) -> None:
-    for i, name in enumerate(cfg.sources):
-        if not (found.source == i).any():
-            indexes = [index for n in range(n_units) if (index := read_index(work, n))["source"] == name]
-            _stop_empty(indexes, cfg, name)
+def _check_something_left(work: pathlib.Path, n_units: int, cfg: DataVerb) -> None:
+    indexes = [read_index(work, n) for n in range(n_units)]
+    for name in cfg.sources:
+        own = [index for index in indexes if index["source"] == name]
+        if not any(index["left"] for index in own):
+            _stop_empty(own, name)
 
 
-def _stop_empty(indexes: list[dict], cfg: DataVerb, source: str | None = None) -> None:
+def _stop_empty(indexes: list[dict], source: str | None = None) -> None:
     rules = collections.Counter()
     for index in indexes:
         rules.update(index["rules"])
-    total = sum(rules.values())
-    worst = ", ".join(f"{rule.replace(chr(9), '.')} {n / total:.0%}" for rule, n in rules.most_common(3))
-    what = f"every document of source {source}" if source else f"all of the first {total:,} documents"
-    raise RunError(f"{what} was removed ({worst}); change that rule's setting, or take the source out"
-                   if total else f"source {source} holds no document")
+    what = f"every document of source {source}" if source else f"each of the first {sum(rules.values()):,} documents"
+    raise RunError(f"{what} was removed ({_worst(rules)}); change that rule's setting, or take the source out"
+                   if rules else f"source {source} holds no document")
+
+
+def _worst(rules: collections.Counter) -> str:
+    return ", ".join(f"{rule.replace(chr(9), '.')} {n / rules.total():.0%}" for rule, n in rules.most_common(3))
+
+
+def _check_something_decided(fates) -> None:
+    if not fates.copies.any():
+        rules = collections.Counter(f"{stage}.{rule}" for stage, rule, *_ in fates.removals.values())
+        raise RunError(f"every document that the stages before had left was removed ({_worst(rules)}); change that rule's "
+                       "setting")
 
 
 def write_all(cfg: DataVerb, work: pathlib.Path, found, fates) -> list[dict]:
@@ -195,7 +243,8 @@ def write_all(cfg: DataVerb, work: pathlib.Path, found, fates) -> list[dict]:
     progress = Progress("writing", int(found.bytes.sum()), say)
     parts, position = [], 0
     todo = fates.tasks()
-    for part in in_order(outputs.UnitWriter(str(work), cfg.output.format), todo, cfg.workers or n_cores()):
+    writer = outputs.UnitWriter(str(work), cfg.output.format, cfg.augment)
+    for part in in_order(writer, todo, cfg.workers or n_cores(), "workers"):
         parts.append(part)
         position += part["bytes"]
         progress.show(position)

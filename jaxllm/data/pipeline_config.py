@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxllm.data.augment import AugmentConfig
 from jaxllm.data.clean import CleanConfig
 from jaxllm.data.decontaminate import DecontaminateConfig
 from jaxllm.data.extract import ExtractConfig
@@ -14,12 +15,14 @@ from jaxllm.data.minhash import DedupConfig
 from jaxllm.data.mixture import MixConfig
 from jaxllm.data.privacy import PrivacyConfig
 from jaxllm.data.raw import RawSource
+from jaxllm.data.repeats import RepeatsConfig
+from jaxllm.data.substrings import SubstringsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRun:
     dir: str = "data/clean"  # everything that is written; data.sources.NAME.path of `jaxllm pretrain` takes it as it is
-    seed: int = 0  # of the mixture and of augmentation
+    seed: int = 0  # another choice of what mix and augment choose by chance; added to mix.seed and augment.seed
     overwrite: bool = False  # delete what an earlier run left in `dir` and start anew
 
 
@@ -53,6 +56,9 @@ class DataVerb:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     homographs: HomographsConfig = field(default_factory=HomographsConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
+    repeats: RepeatsConfig = field(default_factory=RepeatsConfig)
+    substrings: SubstringsConfig = field(default_factory=SubstringsConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     workers: int = 0  # processes; 0: one a core. The result does not depend on it

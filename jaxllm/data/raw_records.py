@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import zlib
 from collections.abc import Iterator
 
 from jaxllm.data.streams import Stream
 from jaxllm.errors import UserError
 
 CHUNK = 1 << 20
+MOST = 1 << 28  # bytes of an unpacked body
 Record = tuple[bytes | str | None, str, dict, str]
 
 
@@ -95,7 +97,6 @@ def _mistake(message: str) -> UserError:
 def warc_pages(path: pathlib.Path) -> Iterator[Record]:
     """Yields the response records (and plain resources) that hold HTML or text (ISO 28500)."""
     try:
-        from fastwarc.stream_io import StreamError
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ModuleNotFoundError:
         raise _mistake(f"{path}: reading WARC needs fastwarc: pip install 'jaxllm[data]'") from None
@@ -104,12 +105,56 @@ def warc_pages(path: pathlib.Path) -> Iterator[Record]:
             wanted = WarcRecordType.response | WarcRecordType.resource
             for record in ArchiveIterator(raw, record_types=wanted, parse_http=True):
                 kind = (record.http_content_type or record.headers.get("Content-Type") or "").split(";")[0].strip().lower()
-                if kind not in ("text/html", "application/xhtml+xml", "text/plain"):
-                    continue
-                meta = {"url": record.headers.get("WARC-Target-URI", ""), "date": record.headers.get("WARC-Date", ""),
-                        "format": "text" if kind == "text/plain" else "html"}
-                if record.http_charset:
-                    meta["charset"] = record.http_charset
-                yield record.reader.read(), record.record_id or "", meta, ""
-    except (StreamError, OSError, EOFError) as e:
-        raise UserError(f"damaged, or ends early: {e}") from None
+                if kind in ("text/html", "application/xhtml+xml", "text/plain"):
+                    yield _of_record(record, "text" if kind == "text/plain" else "html")
+    except (OSError, EOFError, ValueError) as e:
+        raise UserError(f"damaged, or ends early: {getattr(e, 'strerror', None) or e}") from None
+
+
+def _of_record(record, kind: str) -> Record:
+    meta = {"url": record.headers.get("WARC-Target-URI", ""), "date": record.headers.get("WARC-Date", ""), "format": kind}
+    if record.http_charset:
+        meta["charset"] = record.http_charset
+    data, length = record.reader.read(), record.content_length
+    if len(data) < length:  # the reader says nothing of it
+        return None, record.record_id or "", meta, f"truncated: {len(data)} of {length} bytes are there"
+    if record.is_http_parsed:
+        try:
+            data = _unpacked(data, record.http_headers)
+        except zlib.error as e:
+            return None, record.record_id or "", meta, f"damaged: {e}"
+    return data, record.record_id or "", meta, ""
+
+
+def _unpacked(data: bytes, http) -> bytes:
+    """Returns what a body holds. Many archives keep headers of an encoding that they have undone: then it is as it is."""
+    if (http.get("Transfer-Encoding") or "").lower() == "chunked":
+        data = _joined(data)
+    packed = (http.get("Content-Encoding") or "").lower()
+    if packed in ("gzip", "x-gzip") and data[:2] == b"\x1f\x8b":
+        unpacker = zlib.decompressobj(31)
+    elif packed == "deflate" and data[:1] == b"\x78":
+        unpacker = zlib.decompressobj()
+    else:
+        return data
+    found = unpacker.decompress(data, MOST)
+    if not unpacker.eof:
+        raise zlib.error("the packed body ends early, or is too long")
+    return found
+
+
+def _joined(data: bytes) -> bytes:
+    """Returns the chunks of a body one after the other (RFC 9112, section 7.1), or the body where it is not in chunks."""
+    parts, at = [], 0
+    while True:
+        end = data.find(b"\r\n", at, at + 64)
+        try:
+            size = int(data[at:end].split(b";")[0], 16) if end > at else -1
+        except ValueError:
+            size = -1
+        if size < 0 or end + 2 + size > len(data):
+            return data
+        if not size:
+            return b"".join(parts)
+        parts.append(data[end + 2 : end + 2 + size])
+        at = end + 4 + size

@@ -10,6 +10,7 @@ import numpy as np
 from jaxllm.data.minhash import DedupConfig, width
 from jaxllm.errors import UserError, writing
 
+ROWS = 1 << 14  # copied at once
 MADE_BY = ("unit", "n", "bands", "rows", "seed", "near")  # settings that two runs' signatures must share
 
 
@@ -18,11 +19,18 @@ class Earlier(NamedTuple):
     ids: tuple[str, ...]  # of all their documents, in order
 
 
-def save(folder: pathlib.Path, signature_NK: np.ndarray, ids: Iterable[str], cfg: DedupConfig) -> None:
-    """Writes what a later run needs in order to count these documents as kept: give it the kept ones only."""
+def save(folder: pathlib.Path, signature_NK: np.ndarray, ids: Iterable[str], cfg: DedupConfig,
+         kept: np.ndarray | None = None) -> None:
+    """Writes what a later run needs in order to count these documents, or of them those in `kept`, as kept."""
+    kept = np.arange(len(signature_NK)) if kept is None else kept
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "signatures.npy", signature_NK)
+        (folder / "signatures.json").unlink(missing_ok=True)
+        with (folder / "signatures.npy").open("wb") as file:
+            shape = (len(kept), signature_NK.shape[1])
+            np.lib.format.write_array_header_1_0(file, {"descr": "<u4", "fortran_order": False, "shape": shape})
+            for at in range(0, len(kept), ROWS):
+                file.write(np.ascontiguousarray(signature_NK[kept[at : at + ROWS]], "<u4").tobytes())
         with (folder / "ids.txt").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(one) + "\n" for one in ids)
         made_by = {name: getattr(cfg, name) for name in MADE_BY}
@@ -32,8 +40,9 @@ def save(folder: pathlib.Path, signature_NK: np.ndarray, ids: Iterable[str], cfg
 def load_earlier(cfg: DedupConfig) -> Earlier | None:
     """Returns the documents of `cfg.earlier`; None where it names no folder."""
     tables, ids = [], []
-    for folder in map(pathlib.Path, cfg.earlier):
-        where = f"dedup.earlier={folder}"
+    for given in cfg.earlier:
+        where, folder = f"dedup.earlier={given}", pathlib.Path(given).expanduser()
+        folder = folder / "dedup" if (folder / "dedup").is_dir() else folder
         try:
             made_by = json.loads((folder / "signatures.json").read_text(encoding="utf-8"))
             table = np.load(folder / "signatures.npy", mmap_mode="r")
@@ -41,7 +50,7 @@ def load_earlier(cfg: DedupConfig) -> Earlier | None:
                 found = [json.loads(line) for line in file]
         except FileNotFoundError as e:
             missing = pathlib.Path(e.filename).name
-            raise UserError(f"{where}: has no {missing}; should be the dedup folder of a finished run") from None
+            raise UserError(f"{where}: has no {missing}; should be the folder of a finished run") from None
         except (OSError, ValueError) as e:
             raise UserError(f"{where}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
         for name in MADE_BY:

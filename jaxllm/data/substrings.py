@@ -34,7 +34,7 @@ def repeated(texts: Sequence[str], cfg: SubstringsConfig) -> list[list[tuple[int
     raw = [text.encode("utf-8", "surrogatepass") for text in texts]
     end_N = np.cumsum([len(one) for one in raw], dtype=np.int64)
     if len(end_N) and end_N[-1] > cfg.max_shard_mb * 1_000_000:
-        raise UserError(f"substrings.max_shard_mb={cfg.max_shard_mb}: the shard has {end_N[-1] / 1e6:.0f} MB; should be cut up")
+        raise UserError(f"substrings.max_shard_mb={cfg.max_shard_mb}: the shard has {end_N[-1] / 1e6:.0f} MB; should be more")
     byte_B = np.frombuffer(b"".join(raw), np.uint8)
     del raw
     at_R, n, out = _again(byte_B, end_N, cfg.min_bytes), cfg.min_bytes, []

@@ -214,14 +214,14 @@ def kept_items(folder: pathlib.Path, cfg: ReviewVerb, wanted: set[str]):
     """Returns documents drawn of each source, the strata's sizes, the texts of the wanted ids, and each source's bytes.
 
     One pass: of each source so many are held that the lowest scores among them are enough. Further copies of a document
-    count for the bytes alone.
+    and versions made of it count for the bytes alone.
     """
     hold = int(cfg.per_kept * max(2, 1.5 / cfg.near if cfg.near else 0)) + 1
     held, scores, others, n_bytes = collections.defaultdict(list), collections.defaultdict(list), {}, collections.Counter()
     for line in rows(folder / "documents"):
         source, text = line["source"], line["text"]
         n_bytes[source] += len(text.encode("utf-8", "surrogatepass"))
-        if re.search(r"#copy\d+$", line["id"]):
+        if re.search(r"#(?:copy|augmented)\d+$", line["id"]):
             continue
         score = (line.get("meta") or {}).get(cfg.score)
         score = float(score) if isinstance(score, (int, float)) else np.nan
