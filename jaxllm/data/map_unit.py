@@ -110,10 +110,10 @@ class _Work:
         if invalid:
             self.counts["read.invalid_utf8"] += 1
         if problem:
-            self.remove(doc, "read", Removal(problem.split(":")[0].split("=")[0], problem))
+            self.remove(doc, "read", Removal(problem.split(":")[0].split("=")[0], problem), place)
             return None
         if not text.strip():
-            self.remove(doc, "read", Removal("empty"))
+            self.remove(doc, "read", Removal("empty"), place)
             return None
         return doc
 
@@ -140,12 +140,12 @@ class _Work:
         row[0] += 1
         row[1] += size
 
-    def remove(self, doc: Document, stage: str, why: Removal) -> None:
+    def remove(self, doc: Document, stage: str, why: Removal, place: str = "") -> None:
         rule, value = why.rule.removeprefix(f"{stage}."), why.value
         value = value.item() if isinstance(value, np.generic) else value
         line = {"id": doc.id, "source": doc.source, "stage": stage, "rule": rule, "value": value}
-        if why.duplicate_of is not None:
-            line["duplicate_of"] = why.duplicate_of
+        if stage == "read":
+            line["path"] = place
         self.removed.append(line)
         self.rules[f"{stage}\t{rule}"] += 1
         _keep_lowest(self.samples.setdefault(f"{stage}\t{rule}", []), doc.id,

@@ -1,7 +1,7 @@
 """The output folder: documents that are left, what was removed and why, and the manifest that accounts for all of them.
 
     documents/part-00012.jsonl.zst   {id, source, text, meta}, in the order of the input (or .parquet)
-    removed.jsonl                    {id, source, stage, rule, value, duplicate_of}
+    removed.jsonl                    {id, source, stage, rule, value, duplicate_of (of a copy), path (of what cannot be read)}
     removed-text/part-00000.jsonl.zst  of each rule some with their text, for a look and for `jaxllm data review`
     manifest.json                    settings, versions, hashes, counts: inputs = kept + removed, checked
     card.md, report.html

@@ -27,7 +27,7 @@ from jaxllm.data.processes import in_order, n_cores
 from jaxllm.data.progress import Progress
 from jaxllm.data.raw import find_files, units
 from jaxllm.data.stages import prepared
-from jaxllm.data.unit_files import read_index
+from jaxllm.data.unit_files import read_index, write_whole
 from jaxllm.errors import RunError, UserError, writing
 
 VERSION = 1  # of what units hold; another one starts anew
@@ -119,7 +119,8 @@ def _check_folder(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | Non
         return None
     held = next((json.loads(p.read_text(encoding="utf-8")) for p in (begun, manifest) if p.is_file()), None)
     if held is None:
-        if folder.is_dir() and any(p.name != "run.lock" for p in folder.iterdir()):
+        left = {"work"} if _just_begun(folder / "work") else set()
+        if folder.is_dir() and any(p.name not in {"run.lock"} | left for p in folder.iterdir()):
             raise UserError(f"{folder}: is not empty, and not of jaxllm data; give another run.dir")
         return None
     before = held.get("plan", held)
@@ -131,6 +132,11 @@ def _check_folder(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | Non
         raise UserError(f"{folder} holds work with other settings or files ({'; '.join(differ[:5])}): set them back, give "
                         "another run.dir, or --run.overwrite=true to delete it")
     return held.get("totals")
+
+
+def _just_begun(work: pathlib.Path) -> bool:
+    """Returns whether a run ended before its plan was written."""
+    return work.is_dir() and {p.name for p in work.iterdir()} <= {"plan.json.part"}
 
 
 @contextlib.contextmanager
@@ -156,10 +162,7 @@ def begin(work: pathlib.Path, plan: dict) -> None:
         for name in (*outputs.PUBLISHED, "work"):  # overwritten
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        (work / "units").mkdir(parents=True)
-        part = note.with_suffix(".part")
-        part.write_text(json.dumps(plan), encoding="utf-8")
-        part.replace(note)
+    write_whole(note, json.dumps(plan))
 
 
 def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
@@ -188,7 +191,7 @@ def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
 def _stop_at_unreadable(shown: dict) -> None:
     for rule, found in shown["samples"].items():
         if rule.startswith("read\t") and rule != "read\tempty":
-            raise UserError(f"{found[0]['id']}: {found[0]['value']} (read.on_error=count removes it and goes on)")
+            raise UserError(f"{found[0]['path']}: {found[0]['value']} (read.on_error=count removes it and goes on)")
 
 
 class _Places:

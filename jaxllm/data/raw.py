@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxllm.data.raw_records import json_lines, parquet_rows, warc_pages
+from jaxllm.data.read import documents_of
 from jaxllm.data.streams import Stream
 from jaxllm.errors import UserError
 
@@ -63,7 +64,7 @@ class Unit(NamedTuple):
 
 def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     """Returns (the folder that names are relative to, the files, sorted); raises UserError when there are none."""
-    given = pathlib.Path(path).expanduser()
+    given = documents_of(pathlib.Path(path).expanduser(), f"{key}={path}")
     if given.is_file():
         if not given.name.lower().endswith(FORMATS):
             raise UserError(f"{key}={path}: unknown kind of file; should end in one of {', '.join(FORMATS)}")

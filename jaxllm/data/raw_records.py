@@ -84,6 +84,8 @@ def parquet_rows(path: pathlib.Path, source) -> Iterator[Record]:
                 problem = "" if isinstance(text, bytes) else f"no string in column {source.text_key!r}"
                 row.pop("format", None)
                 yield (text if not problem else None), str(given if given is not None else ""), row, problem
+    except PermissionError as e:
+        raise UserError(f"cannot be read: {e.strerror}") from None
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"cannot be read as Parquet: {str(e).splitlines()[0]}") from None
 
@@ -108,7 +110,8 @@ def warc_pages(path: pathlib.Path) -> Iterator[Record]:
                 if kind in ("text/html", "application/xhtml+xml", "text/plain"):
                     yield _of_record(record, "text" if kind == "text/plain" else "html")
     except (OSError, EOFError, ValueError) as e:
-        raise UserError(f"damaged, or ends early: {getattr(e, 'strerror', None) or e}") from None
+        what = "cannot be read" if getattr(e, "errno", None) else "damaged, or ends early"
+        raise UserError(f"{what}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _of_record(record, kind: str) -> Record:

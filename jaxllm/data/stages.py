@@ -1,6 +1,7 @@
 """Which stages a document goes through, in which order."""
 
 import functools
+import importlib.util
 import pathlib
 import pickle
 
@@ -12,13 +13,15 @@ from jaxllm.data.harm import Harm
 from jaxllm.data.homographs import Homographs
 from jaxllm.data.language import Language
 from jaxllm.data.privacy import Privacy
-from jaxllm.errors import writing
+from jaxllm.errors import UserError, writing
 
 INDEX = "evaluation-items.pickle"
 
 
 def prepared(cfg, folder: str) -> dict[str, list]:
     """Does what is done once for all workers, and checks what they will need; returns tables for the report."""
+    if cfg.output.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError("output.format=parquet needs pyarrow: pip install 'jaxllm[parquet]'")
     if not cfg.decontaminate.folder:
         per_document(cfg, folder)
         return {}
