@@ -37,6 +37,7 @@ class GopherConfig:
     max_ellipsis_lines: float | None = 0.3  # share of lines that end with an ellipsis
     min_alpha_words: float | None = 0.8  # share of words with at least one letter
     min_stop_words: int | None = 2  # different ones of stop_words that occur; only where the text's language is English
+    # the words that are counted
     stop_words: list[str] = field(default_factory=lambda: ["the", "be", "to", "of", "and", "that", "have", "with"])
     max_duplicate_lines: float | None = 0.3  # share of lines that occurred before
     max_duplicate_paragraphs: float | None = 0.3  # share of paragraphs that occurred before

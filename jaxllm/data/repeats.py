@@ -45,9 +45,13 @@ class RepeatsConfig:
 def lines(text: str, cfg: RepeatsConfig) -> Iterator[tuple[str, int | None]]:
     """Yields each line or paragraph with its end, and the hash of its words; None for a short one."""
     each = text.splitlines(keepends=True) if cfg.unit == "line" else re.findall(r"(?s).+?(?:\n[^\S\n]*\n+|\Z)", text)
-    for line, words in zip(each, units.units_of_each(each), strict=True):
-        n = len(words.hash_W)
-        yield line, int(units.windows(words.hash_W, n)[0]) if cfg.min_words <= n < units.PIECE else None
+    words = units.units(text)
+    cut_L = np.searchsorted(words.start_W, np.cumsum([0, *map(len, each)]))
+    first_L, last_L = cut_L[:-1], cut_L[1:]
+    known_L = (last_L - first_L >= cfg.min_words) & (last_L - first_L < units.PIECE)
+    hashes = iter(units.of_ranges(words.hash_W, first_L[known_L], last_L[known_L]).tolist())
+    for line, known in zip(each, known_L.tolist(), strict=True):
+        yield line, next(hashes) if known else None
 
 
 def line_hashes(text: str, cfg: RepeatsConfig) -> np.ndarray:

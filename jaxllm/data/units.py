@@ -136,6 +136,17 @@ def _hashes(folded_C: np.ndarray, first_W: np.ndarray, last_W: np.ndarray) -> np
     return mix((total[last_W] - total[first_W]) * inverse[first_W])
 
 
+def of_ranges(hash_W: np.ndarray, first_N: np.ndarray, last_N: np.ndarray) -> np.ndarray:
+    """Returns a hash of each range of neighbours; ranges stand in order, and none is longer than PIECE."""
+    out, at = np.empty(len(first_N), np.uint64), 0
+    while at < len(first_N):
+        begin = int(first_N[at])
+        stop = max(int(np.searchsorted(last_N, begin + PIECE, "right")), at + 1)
+        out[at:stop] = _hashes(hash_W[begin : last_N[stop - 1]], first_N[at:stop] - begin, last_N[at:stop] - begin)
+        at = stop
+    return out
+
+
 def windows(hash_W: np.ndarray, n: int) -> np.ndarray:
     """Returns a hash of every n neighbours: W - n + 1 of them, none where there are fewer than n."""
     count = max(len(hash_W) - n + 1, 0)
