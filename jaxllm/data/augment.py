@@ -43,7 +43,7 @@ class AugmentConfig:
     mask: float = 0.0  # share of words taken out in spans and moved to the end
     mask_length: int = 3  # mean words of a span
     rephrase: float = 0.1  # chance of each phrase on the list to be said the other way (English)
-    seed: int = 0
+    seed: int = 0  # another one makes other versions
 
     def __post_init__(self):
         for name in ("shuffle", "mask", "rephrase"):

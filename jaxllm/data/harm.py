@@ -43,6 +43,7 @@ class HarmClassifierConfig:
 @dataclass(frozen=True, kw_only=True)
 class HarmConfig:
     use: bool = False  # measure harm and act on it
+    # drop harmful documents, tag or redact them, or even out words of women and men in all (see docs/data-filters.md)
     action: Literal["filter", "tag", "redact", "counterfactual"] = "filter"
     threshold: float = 0.95  # a passage that is harmful with this chance or more is acted on
     words: list[str] = field(default_factory=list)  # files of listed words and phrases, one a line

@@ -5,14 +5,19 @@ import itertools
 from jaxllm import __version__
 from jaxllm.report.page import document, esc
 
+IN_MANIFEST_ONLY = {"examples_a", "examples_b", "baseline", "typical", "documents_used"}
+FIRST = 20  # rules that are shown at once
 CSS = """
+th.n { text-align: right; }
 .bar { display: grid; grid-template-columns: minmax(110px, 190px) 1fr minmax(120px, auto); gap: 4px 12px; align-items: center;
   font-size: 14px; padding: 3px 0; }
 .bar i { display: block; height: 14px; border-radius: 3px; background: var(--run-0); min-width: 1px; }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; color: var(--muted); font-size: 13px; }
 .bar.out i { background: var(--run-2); }
 .two { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 22px; }
-.two .text, .sample .text { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; max-height: 320px; overflow: auto; }
+.two .text, .sample .text { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; max-height: 320px; overflow: auto;
+  border-top: 0; padding-top: 0; }
+.sample .text { margin-bottom: 14px; }
 .pairs + .pairs { margin-top: 12px; }
 @media (max-width: 720px) { .two { grid-template-columns: minmax(0, 1fr); } .bar { grid-template-columns: 92px 1fr auto; } }
 """
@@ -35,7 +40,7 @@ def facts(t: dict, manifest: dict) -> str:
     share = t["kept"] / max(t["inputs"], 1)
     cells = [(f"{t['inputs']:,}", "documents in"), (f"{t['kept']:,}", f"kept ({share:.1%})"), (f"{t['removed']:,}", "removed"),
              (f"{t['documents']:,}", "written, copies included"), (size(t["bytes"]), "of text"),
-             (f"{len(manifest['rules']):,}", "rules that removed something")]
+             (f"{len({(r['stage'], r['rule']) for r in manifest['rules']}):,}", "rules that removed something")]
     shown = "".join(f'<div class="card"><b>{esc(a)}</b><span>{esc(b)}</span></div>' for a, b in cells)
     return f'<div class="facts">{shown}</div>'
 
@@ -54,26 +59,36 @@ def funnels(sources: dict) -> str:
 
 
 def bar(label: str, share: float, said: str, kind: str = "") -> str:
-    return (f'<div class="bar {kind}"><span>{esc(label)}</span><span><i style="width:{100 * share:.2f}%"></i></span>'
-            f"<span>{esc(said)}</span></div>")
+    drawn = f'<i style="width:{100 * share:.2f}%"></i>' if share else ""
+    return f'<div class="bar {kind}"><span>{esc(label)}</span><span>{drawn}</span><span>{esc(said)}</span></div>'
 
 
 def removals(rules: list[dict], inputs: int) -> str:
     if not rules:
         return "<h2>Removed</h2><p>Nothing.</p>"
-    rows = [(f"{r['stage']} {r['rule']}", r["source"], r["documents"], f"{r['documents'] / max(inputs, 1):.2%}") for r in rules]
-    shown = table(("rule", "source", "documents", "of all"), rows)
-    return f'<h2>Removed, by rule</h2><div class="card pad scroll">{shown}</div>'
+    sources = sorted({r["source"] for r in rules})
+    by_rule: dict[str, dict[str, int]] = {}
+    for r in rules:
+        by_rule.setdefault(f"{r['stage']} {r['rule']}", {})[r["source"]] = r["documents"]
+    by_rule = dict(sorted(by_rule.items(), key=lambda item: -sum(item[1].values())))
+    rows = [(rule, sum(n.values()), f"{sum(n.values()) / max(inputs, 1):.2%}",
+             *((n.get(s, 0) for s in sources) if len(sources) > 1 else ())) for rule, n in by_rule.items()]
+    head = ("rule", "documents", "of all", *(sources if len(sources) > 1 else ()))
+    shown = f'<h2>Removed, by rule</h2><div class="card pad scroll">{table(head, rows[:FIRST])}</div>'
+    rest = f'<div class="scroll">{table(head, rows[FIRST:])}</div>'
+    return shown + (folded(f"{len(rows) - FIRST} rules more", rest) if rows[FIRST:] else "")
 
 
 def table(head, rows) -> str:
     """Returns a table; numbers stand right, the first column is set as code."""
-    def cell(i: int, v) -> str:
-        kind = "key" if i == 0 else "n" if isinstance(v, (int, float)) or str(v).endswith("%") else ""
-        return f'<td class="{kind}">{esc(said(v))}</td>'
+    def kind(i: int, v) -> str:
+        return "key" if i == 0 else "n" if isinstance(v, (int, float)) or str(v).endswith("%") else ""
 
-    lines = "".join("<tr>" + "".join(cell(i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
-    named = "".join(f"<th>{esc(name)}</th>" for name in head)
+    rows = [list(row) for row in rows]
+    lines = "".join("<tr>" + "".join(f'<td class="{kind(i, v)}">{esc(said(v))}</td>' for i, v in enumerate(row)) + "</tr>"
+                    for row in rows)
+    first = rows[0] if rows else head
+    named = "".join(f'<th class="{kind(i, v)}">{esc(name)}</th>' for i, (name, v) in enumerate(zip(head, first, strict=False)))
     return f"<table>{f'<tr>{named}</tr>' if head else ''}{lines}</table>"
 
 
@@ -84,7 +99,7 @@ def lengths(found: dict) -> str:
     if not used:
         return ""
     low, high = min(used), max(used) + 1
-    for key, title in (("in", "As they came, markup included"), ("out", "Cleaned")):
+    for key, title in (("in", "As they came, markup included"), ("out", "What the filters left")):
         counts = found[key][low:high]
         n, most = len(counts), max(*counts, 1)
         width, height = 460, 170
@@ -105,7 +120,7 @@ def languages(found: dict) -> str:
         return ""
     rows = sorted(found.items(), key=lambda row: -row[1])[:20]
     most = rows[0][1]
-    return ('<h2>Languages of what is kept</h2><div class="card pad">'
+    return ('<h2>Languages of what the filters left</h2><div class="card pad">'
             + "".join(bar(name, n / most, f"{n:,}") for name, n in rows) + "</div>")
 
 
@@ -128,7 +143,8 @@ def decided(found: dict) -> str:
     out = []
     for title, rows in found.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            shown = table([k.replace("_", " ") for k in rows[0]], [row.values() for row in rows[:60]])
+            keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in IN_MANIFEST_ONLY]
+            shown = table([k.replace("_", " ") for k in keys], [[row.get(k) for k in keys] for row in rows[:60]])
             out.append(f'<h3>{esc(title)}</h3><div class="card pad scroll">{shown}</div>')
         elif isinstance(rows, dict) and rows:
             out.append(f'<h3>{esc(title)}</h3><div class="card pad">{table((), rows.items())}</div>')
@@ -171,7 +187,13 @@ def processor(seconds: dict[str, float]) -> str:
 
 
 def said(v) -> str:
-    return f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
+    if v is None:
+        return ""
+    if isinstance(v, list):
+        return ", ".join(map(str, v))
+    if isinstance(v, float):
+        return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:,.4g}"
+    return f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
 
 
 def size(n: float) -> str:
