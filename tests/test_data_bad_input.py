@@ -101,6 +101,22 @@ def test_broken_pages_end_in_text_or_in_a_reason(tmp_path):
     assert not any(row["rule"] == "error" for row in removed)
 
 
+def test_a_page_that_a_stage_stumbles_over_costs_no_other(tmp_path, monkeypatch):
+    from jaxllm.data.clean import Clean
+
+    def stumbles(self, doc):
+        if doc.id.endswith("a.txt"):
+            raise RuntimeError("a surprise")
+
+    monkeypatch.setattr(Clean, "__call__", stumbles)
+    for name in "ab":
+        write(tmp_path / "raw" / f"{name}.txt", f"Text {name} of no page.".encode())
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    (gone,) = removed_of(tmp_path / "out")
+    assert (gone["id"], gone["stage"], gone["rule"], gone["value"]) == ("web/a.txt", "clean", "error", "RuntimeError: a surprise")
+    assert [row["id"] for row in kept_of(tmp_path / "out")] == ["web/b.txt"]
+
+
 def test_bytes_that_are_not_utf8_are_counted_or_read_as_the_page_says(tmp_path):
     write(tmp_path / "raw" / "a.txt", b"caf\xe9 au lait, and more of it")
     write(tmp_path / "raw" / "b.html", b'<html><meta charset="iso-8859-1"><body><p>caf\xe9 au lait</p></body></html>')
