@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from jaxllm.data.minhash import DedupConfig, shingles
 from jaxllm.data.mixture import MixConfig
 from jaxllm.data.passages import cut_passages, revised_texts
 from jaxllm.data.signatures import load_earlier, save
-from jaxllm.data.unit_files import read_index, read_lines, unit_folder
+from jaxllm.data.unit_files import read_frame, read_index, read_lines, unit_folder
 from jaxllm.errors import writing
 
 HELD = 256  # frames of texts in memory
@@ -107,8 +108,8 @@ class Texts:
             if len(self.held) >= HELD:
                 self.held.popitem(last=False)
             path = unit_folder(self.found.folder, unit) / "kept.jsonl.zst"
-            self.held[unit, frame] = [one["text"] for one in read_lines(path, place, one_frame=True)]
-        return self.held[unit, frame][row - first]
+            self.held[unit, frame] = read_frame(path, place)
+        return json.loads(self.held[unit, frame][row - first])["text"]
 
 
 @dataclasses.dataclass

@@ -46,14 +46,19 @@ def write_lines(path: pathlib.Path, rows: Iterable[dict]) -> list[list[int]]:
     return frames
 
 
-def read_lines(path: pathlib.Path, place: int = 0, *, one_frame: bool = False) -> Iterator[dict]:
-    """Yields the rows of a file from a place where a frame begins."""
+def read_frame(path: pathlib.Path, place: int) -> list[bytes]:
+    """Returns the rows of the frame that begins there, as they are written."""
     with path.open("rb") as raw:
         raw.seek(place)
-        with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=not one_frame) as stream:
-            held = b""
-            while chunk := stream.read(1 << 20):
-                *lines, held = (held + chunk).split(b"\n")
-                yield from map(json.loads, lines)
-            if held:
-                yield json.loads(held)
+        with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+            return stream.read().split(b"\n")[:-1]
+
+
+def read_lines(path: pathlib.Path) -> Iterator[dict]:
+    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+        held = b""
+        while chunk := stream.read(1 << 20):
+            *lines, held = (held + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+        if held:
+            yield json.loads(held)
