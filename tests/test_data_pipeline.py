@@ -104,6 +104,19 @@ def test_killed_at_ten_random_moments_is_never_killed(everything, whole, tmp_pat
         assert not (tmp_path / str(out) / "work").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_is_followed_and_the_same_command_goes_on(number, everything, whole, tmp_path):
+    words = command("data", everything, f"--run.dir={tmp_path / 'out'}", "--workers=2")
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("work/units/*")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command goes on" in said and "Traceback" not in said, said
+    assert subprocess.run(words, cwd=ROOT, check=False, stderr=subprocess.DEVNULL).returncode == 0
+    assert hashes(tmp_path / "out") == whole
+
+
 STEPS = {  # a place in every step, at which the process dies without a word
     "in a unit": ("jaxllm.data.map_unit", "write_lines", 3), "between units": ("jaxllm.data.pipeline", "read_index", 2),
     "deciding": ("jaxllm.data.overall", "save", 0), "counting lines": ("jaxllm.data.passages", "line_hashes", 50),

@@ -15,7 +15,9 @@ import hashlib
 import json
 import pathlib
 import shutil
+import signal
 import sys
+import threading
 import time
 
 from jaxllm import config
@@ -28,7 +30,7 @@ from jaxllm.data.progress import Progress
 from jaxllm.data.raw import find_files, units
 from jaxllm.data.stages import prepared
 from jaxllm.data.unit_files import read_index, write_whole
-from jaxllm.errors import RunError, UserError, writing
+from jaxllm.errors import RunError, Stopped, UserError, writing
 
 VERSION = 1  # of what units hold; another one starts anew
 EARLY = 2000  # documents after which a chain that has kept none is stopped
@@ -39,12 +41,12 @@ def main(cfg: DataVerb) -> dict:
     if not cfg.sources:
         raise UserError("sources is empty; should hold a name and a path, e.g. --sources.web.path=pages/")
     files = {name: find_files(s.path, f"sources.{name}.path") for name, s in cfg.sources.items()}
-    folder, plan = pathlib.Path(cfg.run.dir), plan_of(cfg, files)
+    folder, plan = pathlib.Path(cfg.run.dir).expanduser(), plan_of(cfg, files)
     cfg = seeded(cfg)
     if finished := _check_folder(folder, cfg, plan):
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
         return finished
-    with claimed(folder):
+    with claimed(folder), stopping(folder):
         work = folder / "work"
         begin(work, plan)
         for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
@@ -151,6 +153,24 @@ def claimed(folder: pathlib.Path):
         except OSError:
             raise UserError(f"{folder}: in use by a live run; wait for it, or give another run.dir") from None
         yield
+
+
+@contextlib.contextmanager
+def stopping(folder: pathlib.Path):
+    """Turns a request to stop into Stopped, at once: what is done is on disk."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise Stopped(f"{folder}: stopped by {signal.Signals(number).name}; the same command goes on")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def begin(work: pathlib.Path, plan: dict) -> None:
