@@ -189,12 +189,16 @@ def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
     """Does every unit that is not done; returns how many there are."""
     sizes = {name: sum(p.stat().st_size for p in paths) for name, (_, paths) in files.items()}
     progress, documents, kept, began = Progress("cleaning", sum(sizes.values()), say), 0, 0, time.perf_counter()
-    place = _Places(files)
-    n = -1
-    todo = (place.note(unit) for unit in units(cfg.sources, files, cfg.read.max_bytes))
-    for number, count in in_order(Worker(cfg, str(work)), todo, cfg.workers or n_cores(), "workers"):
+    n, positions = -1, {}
+
+    def todo():
+        for unit in units(cfg.sources, files, cfg.read.max_bytes):
+            positions[unit.number] = unit.position
+            yield unit
+
+    for number, count in in_order(Worker(cfg, str(work)), todo(), cfg.workers or n_cores(), "workers"):
         n, documents = number, documents + count
-        progress.show(place.position(number), f"{documents:,} documents")
+        progress.show(positions.pop(number), f"{documents:,} documents")
         if cfg.read.on_error == "stop":
             _stop_at_unreadable(read_index(work, number, "shown"))
         if not kept:
@@ -212,24 +216,6 @@ def _stop_at_unreadable(shown: dict) -> None:
     for rule, found in shown["samples"].items():
         if rule.startswith("read\t") and rule != "read\tempty":
             raise UserError(f"{found[0]['path']}: {found[0]['value']} (read.on_error=count removes it and goes on)")
-
-
-class _Places:
-    """How far in the input files each unit reaches, for the progress line."""
-
-    def __init__(self, files: dict):
-        self.starts, self.ends, total = {}, {}, 0
-        for name, (root, paths) in files.items():
-            for p in paths:
-                total += p.stat().st_size
-                self.starts[name, p.relative_to(root).as_posix()] = total
-
-    def note(self, unit):
-        self.ends[unit.number] = self.starts[unit.source, unit.items[-1].path]
-        return unit
-
-    def position(self, number: int) -> int:
-        return self.ends.pop(number, 0)
 
 
 def _check_something_left(work: pathlib.Path, n_units: int, cfg: DataVerb) -> None:

@@ -60,6 +60,7 @@ class Unit(NamedTuple):
     number: int  # among all units of all sources
     items: list[Item]
     root: str
+    position: int  # bytes of all files that were read by its end, about
 
 
 def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
@@ -86,22 +87,25 @@ def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
 
 def units(sources: dict[str, RawSource], files: dict, max_bytes: int) -> Iterator[Unit]:
     """Yields all units in order; they depend on nothing but the files and the settings."""
-    number = itertools.count()
+    number, done = itertools.count(), 0
     for name, source in sources.items():
         root, paths = files[name]
         held, size = [], 0
-        for item in itertools.chain.from_iterable(_items(p, root, source, max_bytes) for p in paths):
-            own = len(item.data) if item.data is not None else (root / item.path).stat().st_size if not item.problem else 0
-            if held and (size + own > UNIT_BYTES or len(held) >= UNIT_ITEMS):
-                yield Unit(name, next(number), held, str(root))
-                held, size = [], 0
-            held.append(item)
-            size += own
+        for path in paths:
+            at = [0]  # in the file; the readers move it
+            for item in _items(path, root, source, max_bytes, at):
+                own = len(item.data) if item.data is not None else path.stat().st_size if not item.problem else 0
+                if held and (size + own > UNIT_BYTES or len(held) >= UNIT_ITEMS):
+                    yield Unit(name, next(number), held, str(root), done + at[0])
+                    held, size = [], 0
+                held.append(item)
+                size += own
+            done += path.stat().st_size
         if held:
-            yield Unit(name, next(number), held, str(root))
+            yield Unit(name, next(number), held, str(root), done)
 
 
-def _items(path: pathlib.Path, root: pathlib.Path, source: RawSource, max_bytes: int) -> Iterator[Item]:
+def _items(path: pathlib.Path, root: pathlib.Path, source: RawSource, max_bytes: int, at: list[int]) -> Iterator[Item]:
     """Yields the documents of a file; of a file that cannot be read to its end, those before and one problem."""
     relative, name = path.relative_to(root).as_posix(), path.name.lower()
     default = "html" if name.endswith(HTML + WARC) else "text"
@@ -109,8 +113,8 @@ def _items(path: pathlib.Path, root: pathlib.Path, source: RawSource, max_bytes:
     if name.endswith(HTML + TEXT):
         yield _whole_file(path, relative, kind, max_bytes)
         return
-    reader = warc_pages(path) if name.endswith(WARC) else parquet_rows(path, source) if name.endswith(PARQUET) else json_lines(
-        path, source, max_bytes)
+    reader = warc_pages(path, at) if name.endswith(WARC) else parquet_rows(path, source, at) if name.endswith(PARQUET) else (
+        json_lines(path, source, max_bytes, at))
     number = 0
     try:
         for number, (data, given, meta, problem) in enumerate(reader, 1):

@@ -1,4 +1,7 @@
-"""Records out of WARC, JSON-lines and Parquet files: each yields (data, id, metadata, problem)."""
+"""Records out of WARC, JSON-lines and Parquet files: each yields (data, id, metadata, problem).
+
+`at` is a list of one number, which tells how many bytes of the file were read.
+"""
 
 import json
 import pathlib
@@ -13,20 +16,21 @@ MOST = 1 << 28  # bytes of an unpacked body
 Record = tuple[bytes | str | None, str, dict, str]
 
 
-def json_lines(path: pathlib.Path, source, max_bytes: int) -> Iterator[Record]:
+def json_lines(path: pathlib.Path, source, max_bytes: int, at: list[int]) -> Iterator[Record]:
     """Yields a record a line. A line that is too long is passed over without being held in memory."""
-    for line in _lines(path, 8 * max_bytes):  # escapes in JSON take up to six bytes a byte
+    for line in _lines(path, 8 * max_bytes, at):  # escapes in JSON take up to six bytes a byte
         if line is None:
             yield None, "", {}, "a line that is too long"
         elif line.strip():
             yield _of_json(line, source)
 
 
-def _lines(path: pathlib.Path, limit: int) -> Iterator[bytes | None]:
+def _lines(path: pathlib.Path, limit: int, at: list[int]) -> Iterator[bytes | None]:
     held, skipping = bytearray(), False
     with Stream(path) as stream:
         chunk = stream.read_start(CHUNK)
         while chunk:
+            at[0] = stream.position()
             *complete, rest = chunk.split(b"\n")
             for line in complete:
                 if skipping:
@@ -66,7 +70,7 @@ def _of_json(line: bytes, source) -> Record:
     return text.encode("utf-8", "replace"), str(given if given is not None else ""), meta, ""
 
 
-def parquet_rows(path: pathlib.Path, source) -> Iterator[Record]:
+def parquet_rows(path: pathlib.Path, source, at: list[int]) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -77,7 +81,10 @@ def parquet_rows(path: pathlib.Path, source) -> Iterator[Record]:
         names = file.schema_arrow.names
         if source.text_key not in names:
             raise _mistake(f"{path}: no column {source.text_key!r} (found: {', '.join(names[:12])})")
+        done, size = 0, path.stat().st_size
         for batch in file.iter_batches(batch_size=128):
+            done += batch.num_rows
+            at[0] = size * done // max(file.metadata.num_rows, 1)
             for row in batch.to_pylist():
                 text, given = row.pop(source.text_key), row.pop(source.id_key, "")
                 text = text.encode("utf-8", "replace") if isinstance(text, str) else text
@@ -96,7 +103,7 @@ def _mistake(message: str) -> UserError:
     return error
 
 
-def warc_pages(path: pathlib.Path) -> Iterator[Record]:
+def warc_pages(path: pathlib.Path, at: list[int]) -> Iterator[Record]:
     """Yields the response records (and plain resources) that hold HTML or text (ISO 28500)."""
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -106,6 +113,7 @@ def warc_pages(path: pathlib.Path) -> Iterator[Record]:
         with path.open("rb") as raw:
             wanted = WarcRecordType.response | WarcRecordType.resource
             for record in ArchiveIterator(raw, record_types=wanted, parse_http=True):
+                at[0] = raw.tell()
                 kind = (record.http_content_type or record.headers.get("Content-Type") or "").split(";")[0].strip().lower()
                 if kind in ("text/html", "application/xhtml+xml", "text/plain"):
                     yield _of_record(record, "text" if kind == "text/plain" else "html")
