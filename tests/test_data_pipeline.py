@@ -117,6 +117,25 @@ def test_a_request_to_stop_is_followed_and_the_same_command_goes_on(number, ever
     assert hashes(tmp_path / "out") == whole
 
 
+def test_tasks_of_a_cluster_make_what_one_machine_does(everything, whole, tmp_path):
+    pytest.importorskip("datatrove")
+    code = f"""
+from datatrove.executor import LocalPipelineExecutor
+from jaxllm.data import raw
+from jaxllm.data.cluster import MapUnits
+raw.UNIT_BYTES = {UNIT_BYTES}
+step = MapUnits({str(everything)!r}, ["run.dir={tmp_path / 'out'}"])
+step.begin()
+LocalPipelineExecutor(pipeline=[step], tasks=3, workers=1, logging_dir={str(tmp_path / 'logs')!r}).run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    units = sorted((tmp_path / "out" / "work" / "units").iterdir())
+    assert len(units) > 3 and all((unit / "index.json").is_file() for unit in units)
+    assert run("data", everything, f"--run.dir={tmp_path / 'out'}", "--workers=1").returncode == 0
+    assert hashes(tmp_path / "out") == whole
+
+
 STEPS = {  # a place in every step, at which the process dies without a word
     "in a unit": ("jaxllm.data.map_unit", "write_lines", 3), "between units": ("jaxllm.data.pipeline", "read_index", 2),
     "deciding": ("jaxllm.data.overall", "save", 0), "counting lines": ("jaxllm.data.passages", "line_hashes", 50),

@@ -51,7 +51,7 @@ def test_imports_point_one_way(path):
 
 
 NO_JAX = """cli config mesh hardware doctor report.page report.data_page train.config generate.config data.tokenize data.tokenizer
-    data.pipeline data.extract data.clean data.privacy data.augment data.language data.filters data.harm data.homographs data.dedup
+    data.pipeline data.cluster data.extract data.clean data.privacy data.augment data.language data.filters data.harm data.homographs data.dedup
     data.decontaminate data.repeats data.substrings data.mixture data.review.verb""".split()  # data.loader: grain imports jax itself
 
 

@@ -43,15 +43,11 @@ def main(cfg: DataVerb) -> dict:
     files = {name: find_files(s.path, f"sources.{name}.path") for name, s in cfg.sources.items()}
     folder, plan = pathlib.Path(cfg.run.dir).expanduser(), plan_of(cfg, files)
     cfg = seeded(cfg)
-    if finished := _check_folder(folder, cfg, plan):
+    if finished := finished_before(folder, cfg, plan):
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
         return finished
     with claimed(folder), stopping(folder):
-        work = folder / "work"
-        begin(work, plan)
-        for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
-            ready(group, f"{name}.classifier")
-        tables = prepared(cfg, str(work))
+        work, tables = start(cfg, folder, plan)
         n_units = map_all(cfg, files, work)
         _check_something_left(work, n_units, cfg)
         found = overall.catalogue(str(work), n_units, list(cfg.sources))
@@ -63,6 +59,14 @@ def main(cfg: DataVerb) -> dict:
         outputs.publish(work, folder)
     account.show(manifest, folder, say)
     return manifest["totals"] | {"folder": str(folder)}
+
+
+def start(cfg: DataVerb, folder: pathlib.Path, plan: dict) -> tuple[pathlib.Path, dict]:
+    """Makes the work folder, and in it what is made once for all workers; returns it, and tables for the report."""
+    begin(folder / "work", plan)
+    for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
+        ready(group, f"{name}.classifier")
+    return folder / "work", prepared(cfg, str(folder / "work"))
 
 
 def say(line: str) -> None:
@@ -111,7 +115,7 @@ def seeded(cfg: DataVerb) -> DataVerb:
                                        for name, group in (("mix", cfg.mix), ("augment", cfg.augment))})
 
 
-def _check_folder(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | None:
+def finished_before(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | None:
     """Returns the totals of a finished run of the same plan; raises UserError where the folder holds something else."""
     manifest, begun = folder / "manifest.json", folder / "work" / "plan.json"
     if cfg.run.overwrite:
@@ -142,14 +146,14 @@ def _just_begun(work: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(folder: pathlib.Path):
-    """Holds the folder for this process; raises UserError when a live process has it. A kill frees it."""
+def claimed(folder: pathlib.Path, *, shared: bool = False):
+    """Holds the folder for this process, or for all that share it; raises UserError when others have it. A kill frees it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a+", encoding="utf-8")
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder}: in use by a live run; wait for it, or give another run.dir") from None
         yield
