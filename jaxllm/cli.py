@@ -28,6 +28,10 @@ class Verb:
 VERBS = {
     "tokenizer": Verb("jaxllm.data.config:TokenizerVerb", "jaxllm.data.tokenizer:main", "tokenizer CONFIG.yaml",
                       "train a SentencePiece tokenizer and report on it"),
+    "data": Verb("jaxllm.data.pipeline_config:DataVerb", "jaxllm.data.pipeline:main", "data CONFIG.yaml",
+                 "clean, filter, deduplicate and mix raw text; say what was dropped and why"),
+    "data review": Verb("jaxllm.data.review.config:ReviewVerb", "jaxllm.data.review.verb:main", "data review FOLDER",
+                        "let experts label what was kept and removed; tell how right the filters are", takes="run"),
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
     "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.verb:main", "generate RUN --prompt=TEXT",
@@ -83,7 +87,7 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
-    if argv[1:] in ([], ["-h"], ["--help"]) and any(name.startswith(f"{argv[0]} ") for name in VERBS):
+    if argv[0] not in VERBS and argv[1:] in ([], ["-h"], ["--help"]) and any(name.startswith(f"{argv[0]} ") for name in VERBS):
         print(overview(f"{argv[0]} "))
         return 0
     if argv[0] in ("-V", "--version"):

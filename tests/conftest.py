@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+from raw_corpus import everything, source, whole  # noqa: F401 (fixtures)
 
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 

@@ -12,11 +12,12 @@ import yaml
 
 from jaxllm import cli, config
 from jaxllm.data.config import TokenizerVerb
+from jaxllm.data.pipeline_config import DataVerb
 from jaxllm.errors import UserError
 from jaxllm.train.config import PretrainConfig, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
-VERBS_OF_CONFIGS = {"pretrain": PretrainConfig, "tokenizer": TokenizerVerb}
+VERBS_OF_CONFIGS = {"pretrain": PretrainConfig, "tokenizer": TokenizerVerb, "data": DataVerb}
 
 
 @pytest.fixture

@@ -386,7 +386,7 @@ def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "SMALL", 0)
     path = write_lines(tmp_path / "a.jsonl", texts_of(10))
     monkeypatch.setattr(tokenize, "Worker", lambda *a: Dies())
-    with pytest.raises(RunError, match="a process that tokenises was killed"):
+    with pytest.raises(RunError, match="a worker process was killed"):
         prepare(config(tmp_path, {"a": path}, workers=2), BYTES, log=quiet)
     assert list((tmp_path / "cache" / "tokens").glob("*.tmp")) == []
 

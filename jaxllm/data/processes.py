@@ -18,7 +18,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable, todo: Iterable, n_processes: int) -> Iterator:
+def in_order(function: Callable, todo: Iterable, n_processes: int, setting: str = "data.workers") -> Iterator:
     """Yields function(item) of each item, in order."""
     if n_processes == 1:
         yield from map(function, todo)
@@ -35,7 +35,7 @@ def in_order(function: Callable, todo: Iterable, n_processes: int) -> Iterator:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise RunError("a process that tokenises was killed (out of memory?); run again, or set data.workers=1") from None
+            raise RunError(f"a worker process was killed (out of memory?); run again, or set {setting}=1") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
 def find_files(source: Source, key: str) -> list[pathlib.Path]:
     """Returns the source's files, sorted; raises UserError, naming the setting `key`, when there are none."""
-    path = pathlib.Path(source.path).expanduser()
+    path = documents_of(pathlib.Path(source.path).expanduser(), f"{key}={source.path}")
     if path.is_file():
         if not path.name.endswith(FORMATS):
             raise UserError(f"{key}={source.path}: unknown kind of file; should end in one of {', '.join(FORMATS)}")
@@ -62,6 +62,22 @@ def find_files(source: Source, key: str) -> list[pathlib.Path]:
     near = difflib.get_close_matches(path.name, there, 1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else ""
     raise UserError(f"{key}={source.path}: no such file or folder{hint}")
+
+
+def documents_of(path: pathlib.Path, where: str) -> pathlib.Path:
+    """Returns `documents` of a folder that `jaxllm data` wrote, any other path as it is; raises UserError for half a run."""
+    if (path / "documents").is_dir() and _made_by_data(path / "manifest.json"):
+        return path / "documents"
+    if (path / "work" / "plan.json").is_file():
+        raise UserError(f"{where}: jaxllm data has not finished there; run its command again")
+    return path
+
+
+def _made_by_data(manifest: pathlib.Path) -> bool:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("made_by") == "jaxllm data"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def document_bytes(source: Source) -> int:

@@ -55,11 +55,16 @@ def render(runs: list[Run]) -> str:
     body = [f"<h1>{esc(title)}</h1>", subtitle(runs, sums), facts(sums[0]) if len(runs) == 1 else comparison(runs, sums),
             curves(runs, numbered), incidents(runs, numbered), samples(runs), settings(runs),
             f"<footer>jaxllm {__version__}, {moment(time.time())}</footer>"]
+    return document(title, body)
+
+
+def document(title: str, body: list[str], css: str = "") -> str:
+    """Returns a whole page of these parts, which loads nothing from anywhere."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        f"<title>{esc(title)}</title><style>{CSS}{css}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part) + "\n</main></body></html>\n"
     )
 

@@ -1,0 +1,265 @@
+"""`jaxllm data CONFIG`: raw pages to training text. Four steps, each of which goes on where a kill left it:
+
+1. map: every unit of input through the stages that look at one document (map_unit.py), in worker processes
+2. decide: names, duplicates and copies over all documents (overall.py, dedup.py, mixture.py)
+3. write: every unit's documents and removals (outputs.py), in worker processes
+4. account and publish: counts, hashes, report; the manifest last
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+import time
+
+from jaxllm import config
+from jaxllm.data import account, outputs, overall
+from jaxllm.data.classifier import ready
+from jaxllm.data.map_unit import Worker
+from jaxllm.data.pipeline_config import DataVerb
+from jaxllm.data.processes import in_order, n_cores
+from jaxllm.data.progress import Progress
+from jaxllm.data.raw import find_files, units
+from jaxllm.data.stages import prepared
+from jaxllm.data.unit_files import read_index, write_whole
+from jaxllm.errors import RunError, Stopped, UserError, writing
+
+VERSION = 1  # of what units hold; another one starts anew
+EARLY = 2000  # documents after which a chain that has kept none is stopped
+
+
+def main(cfg: DataVerb) -> dict:
+    """Cleans the sources into run.dir; returns the manifest's totals."""
+    if not cfg.sources:
+        raise UserError("sources is empty; should hold a name and a path, e.g. --sources.web.path=pages/")
+    files = {name: find_files(s.path, f"sources.{name}.path") for name, s in cfg.sources.items()}
+    folder, plan = pathlib.Path(cfg.run.dir).expanduser(), plan_of(cfg, files)
+    cfg = seeded(cfg)
+    if finished := finished_before(folder, cfg, plan):
+        say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
+        return finished
+    with claimed(folder), stopping(folder):
+        work, tables = start(cfg, folder, plan)
+        n_units = map_all(cfg, files, work)
+        _check_something_left(work, n_units, cfg)
+        found = overall.catalogue(str(work), n_units, list(cfg.sources))
+        fates = overall.decide(cfg, found, cfg.workers or n_cores(), say)
+        fates.report |= tables
+        _check_something_decided(fates)
+        parts = write_all(cfg, work, found, fates)
+        manifest = account.finish(cfg, work, n_units, found, fates, parts)
+        outputs.publish(work, folder)
+    account.show(manifest, folder, say)
+    return manifest["totals"] | {"folder": str(folder)}
+
+
+def start(cfg: DataVerb, folder: pathlib.Path, plan: dict) -> tuple[pathlib.Path, dict]:
+    """Makes the work folder, and in it what is made once for all workers; returns it, and tables for the report."""
+    begin(folder / "work", plan)
+    for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
+        ready(group, f"{name}.classifier")
+    return folder / "work", prepared(cfg, str(folder / "work"))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def plan_of(cfg: DataVerb, files: dict) -> dict:
+    """Returns what the work depends on: settings and input files. Another plan is other work."""
+    settings = json.loads(json.dumps(config.to_dict(cfg)))  # tuples as the lists that a file gives back
+    del settings["workers"], settings["run"]["dir"], settings["run"]["overwrite"]
+    seen = {name: [[p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+            for name, (root, paths) in files.items()}
+    hashes = {name: hashlib.sha256(json.dumps(rows).encode("utf-8", "surrogateescape")).hexdigest()
+              for name, rows in seen.items()}
+    hashes |= {key: stamp for key, path in named_files(settings) if (stamp := stamp_of(path))}
+    return {"version": VERSION, "settings": settings, "files": hashes}
+
+
+# settings that name files beside the sources
+NAMED = ("decontaminate.folder", "filter.lists.hosts", "filter.lists.url_words", "filter.lists.words", "harm.words",
+         "harm.identity", "harm.pairs", "homographs.terms", "dedup.earlier", "filter.classifier.path", "harm.classifier.path")
+
+
+def named_files(settings: dict) -> list[tuple[str, str]]:
+    out = []
+    for key in NAMED:
+        value = functools.reduce(dict.get, key.split("."), settings)
+        if key.endswith("classifier.path") and any(functools.reduce(dict.get, [*key.split(".")[:-1], "train"], settings)[k]
+                                                   for k in ("good", "labelled")):
+            continue  # made by this run
+        out += [(key, path) for path in ([value] if isinstance(value, str) else value or ()) if path]
+    return out
+
+
+def stamp_of(path: str) -> str:
+    """Returns a hash of the sizes and times of a file, or of all files of a folder; "" where there is none."""
+    given = pathlib.Path(path).expanduser()
+    paths = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given] if given.is_file() else []
+    stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest() if stats else ""
+
+
+def seeded(cfg: DataVerb) -> DataVerb:
+    """Returns the settings with run.seed added to the seeds of what is chosen by chance."""
+    return dataclasses.replace(cfg, **{name: dataclasses.replace(group, seed=group.seed + cfg.run.seed)
+                                       for name, group in (("mix", cfg.mix), ("augment", cfg.augment))})
+
+
+def finished_before(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | None:
+    """Returns the totals of a finished run of the same plan; raises UserError where the folder holds something else."""
+    manifest, begun = folder / "manifest.json", folder / "work" / "plan.json"
+    if cfg.run.overwrite:
+        if folder.is_dir() and any(folder.iterdir()) and not (manifest.is_file() or begun.is_file()):
+            raise UserError(f"{folder}: run.overwrite=true would delete what no run of jaxllm data has written; "
+                            "give another run.dir")
+        return None
+    held = next((json.loads(p.read_text(encoding="utf-8")) for p in (begun, manifest) if p.is_file()), None)
+    if held is None:
+        left = {"work"} if _just_begun(folder / "work") else set()
+        if folder.is_dir() and any(p.name not in {"run.lock"} | left for p in folder.iterdir()):
+            raise UserError(f"{folder}: is not empty, and not of jaxllm data; give another run.dir")
+        return None
+    before = held.get("plan", held)
+    if before != plan:
+        old, new = (config.flatten(p) for p in (before, plan))
+        differ = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        differ = ["the files of " + d.split(":")[0].removeprefix("files.") if d.startswith("files.") else
+                  d.removeprefix("settings.") for d in differ]
+        raise UserError(f"{folder} holds work with other settings or files ({'; '.join(differ[:5])}): set them back, give "
+                        "another run.dir, or --run.overwrite=true to delete it")
+    return held.get("totals")
+
+
+def _just_begun(work: pathlib.Path) -> bool:
+    """Returns whether a run ended before its plan was written."""
+    return work.is_dir() and {p.name for p in work.iterdir()} <= {"plan.json.part"}
+
+
+@contextlib.contextmanager
+def claimed(folder: pathlib.Path, *, shared: bool = False):
+    """Holds the folder for this process, or for all that share it; raises UserError when others have it. A kill frees it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "run.lock").open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: in use by a live run; wait for it, or give another run.dir") from None
+        yield
+
+
+@contextlib.contextmanager
+def stopping(folder: pathlib.Path):
+    """Turns a request to stop into Stopped, at once: what is done is on disk."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise Stopped(f"{folder}: stopped by {signal.Signals(number).name}; the same command goes on")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def begin(work: pathlib.Path, plan: dict) -> None:
+    """Makes the work folder, or keeps what an earlier start of the same plan has done."""
+    note, folder = work / "plan.json", work.parent
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == plan:
+        return
+    with writing(folder):
+        for name in (*outputs.PUBLISHED, "work"):  # overwritten
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_whole(note, json.dumps(plan))
+
+
+def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
+    """Does every unit that is not done; returns how many there are."""
+    sizes = {name: sum(p.stat().st_size for p in paths) for name, (_, paths) in files.items()}
+    progress, documents, kept, began = Progress("cleaning", sum(sizes.values()), say), 0, 0, time.perf_counter()
+    n, positions = -1, {}
+
+    def todo():
+        for unit in units(cfg.sources, files, cfg.read.max_bytes):
+            positions[unit.number] = unit.position
+            yield unit
+
+    for number, count in in_order(Worker(cfg, str(work)), todo(), cfg.workers or n_cores(), "workers"):
+        n, documents = number, documents + count
+        progress.show(positions.pop(number), f"{documents:,} documents")
+        if cfg.read.on_error == "stop":
+            _stop_at_unreadable(read_index(work, number, "shown"))
+        if not kept:
+            kept += read_index(work, number)["left"]
+            if not kept and documents >= EARLY:
+                _stop_empty([read_index(work, i) for i in range(number + 1)])
+    if n < 0:
+        raise UserError("no source holds a document")
+    took = time.perf_counter() - began
+    say(f"cleaned {documents:,} documents, {sum(sizes.values()) / 1e6:,.1f} MB of files, in {took:.1f} s")
+    return n + 1
+
+
+def _stop_at_unreadable(shown: dict) -> None:
+    for rule, found in shown["samples"].items():
+        if rule.startswith("read\t") and rule != "read\tempty":
+            raise UserError(f"{found[0]['path']}: {found[0]['value']} (read.on_error=count removes it and goes on)")
+
+
+def _check_something_left(work: pathlib.Path, n_units: int, cfg: DataVerb) -> None:
+    indexes = [read_index(work, n) for n in range(n_units)]
+    for name in cfg.sources:
+        own = [index for index in indexes if index["source"] == name]
+        if not any(index["left"] for index in own):
+            _stop_empty(own, name)
+
+
+def _stop_empty(indexes: list[dict], source: str | None = None) -> None:
+    rules = collections.Counter()
+    for index in indexes:
+        rules.update(index["rules"])
+    what = f"every document of source {source}" if source else f"each of the first {sum(rules.values()):,} documents"
+    raise RunError(f"{what} was removed ({_worst(rules)}); change that rule's setting, or take the source out"
+                   if rules else f"source {source} holds no document")
+
+
+def _worst(rules: collections.Counter) -> str:
+    return ", ".join(f"{rule.replace(chr(9), '.')} {n / rules.total():.0%}" for rule, n in rules.most_common(3))
+
+
+def _check_something_decided(fates) -> None:
+    if not fates.copies.any():
+        rules = collections.Counter(f"{stage}.{rule}" for stage, rule, *_ in fates.removals.values())
+        raise RunError(f"every document that the stages before had left was removed ({_worst(rules)}); change that rule's "
+                       "setting")
+
+
+def write_all(cfg: DataVerb, work: pathlib.Path, found, fates) -> list[dict]:
+    """Writes every unit's output; returns the units' counts."""
+    outputs.prepare(work)
+    progress = Progress("writing", int(found.bytes.sum()), say)
+    parts, position = [], 0
+    todo = fates.tasks()
+    writer = outputs.UnitWriter(str(work), cfg.output.format, cfg.augment)
+    for part in in_order(writer, todo, cfg.workers or n_cores(), "workers"):
+        parts.append(part)
+        position += part["bytes"]
+        progress.show(position)
+    outputs.gather_removed(work, len(parts))
+    return parts

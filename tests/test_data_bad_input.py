@@ -1,0 +1,168 @@
+"""`jaxllm data` on input that is broken: counted and named, or one line that says what; nothing half-written."""
+
+import gzip
+import json
+import pathlib
+import random
+import resource
+import tempfile
+
+import pytest
+import zstandard
+from raw_corpus import UNIT_BYTES, hashes, kept_of, manifest, page, prose, removed_of, run, settings, warc, write
+
+from jaxllm.data import pipeline, raw
+from jaxllm.errors import RunError, UserError
+
+JUDGED_BY_NOTHING = {f"filter.{name}.use": "false" for name in ("gopher", "c4", "fineweb")}
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    monkeypatch.setattr(raw, "UNIT_BYTES", UNIT_BYTES)
+
+
+def whole_warc() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "a.warc.gz"
+        warc(path, [page(f"Page {i}", prose(random.Random(i), 1000)) for i in range(3)])
+        return path.read_bytes()
+
+
+def noise(lines: int) -> bytes:
+    rng = random.Random(0)
+    return "".join(json.dumps({"text": prose(rng)}) + "\n" for _ in range(lines)).encode()
+
+
+BROKEN = {
+    "truncated gzip": ("a.jsonl.gz", lambda: gzip.compress(b'{"text": "hello there"}\n' * 5000)[:-30], "truncated"),
+    "truncated zst": ("a.jsonl.zst", lambda: zstandard.compress(noise(2_000))[:-30], "truncated"),
+    "not a gzip": ("a.txt.gz", lambda: b"hello" * 100, "damaged"),
+    "a long line": ("a.jsonl", lambda: b'{"text": "' + b"x" * 300_000 + b'"}\n{"text": "ok, and more"}\n', "longer than read.max_bytes"),
+    "a very long line": ("a.jsonl", lambda: b'{"text": "' + b"x" * 3_000_000 + b'"}\n{"text": "ok, and more"}\n', "too long"),
+    "binary": ("a.txt", lambda: b"\0\1\2" * 50, "binary"),
+    "truncated WARC": ("a.warc.gz", lambda: whole_warc()[:-400], "truncated"),
+    "not a WARC": ("a.warc.gz", lambda: b"hello" * 100, "damaged"),
+    "not Parquet": ("a.parquet", lambda: b"PAR1 no", "Parquet"),
+    "not JSON": ("a.jsonl", lambda: b'{"text": "one"}\n{"text": "two"\n{"text": "three and more"}\n', "not JSON"),
+    "too long": ("a.txt", lambda: b"word " * 10_000, "longer than read.max_bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(name, tmp_path):
+    file, data, says = BROKEN[name]
+    write(tmp_path / "raw" / file, data())
+    write(tmp_path / "raw" / "good.txt", b"A good document.")
+    more = {"read.max_bytes": 20_000, **JUDGED_BY_NOTHING}
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **more))
+    removed = removed_of(tmp_path / "out")
+    assert any(says in str(row["value"]) and row["path"].startswith(f"web/{file}") for row in removed), removed
+    assert "web/good.txt" in {row["id"] for row in kept_of(tmp_path / "out")}
+    with pytest.raises(UserError, match=f"{file}.*{says}"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "stop", **more, **{"read.on_error": "stop"}))
+    assert not (tmp_path / "stop" / "manifest.json").exists()
+
+
+def test_a_file_that_may_not_be_read_is_counted(tmp_path, monkeypatch):
+    for name in ("a.html", "a.jsonl", "a.warc.gz", "a.parquet", "a.txt.gz", "good.txt"):
+        write(tmp_path / "raw" / name, b"A good document.")
+    forbidden = pathlib.Path.open
+
+    def open_(self, mode="r", *args, **more):
+        if self.parent.name == "raw" and self.name != "good.txt":
+            raise PermissionError(13, "Permission denied", str(self))
+        return forbidden(self, mode, *args, **more)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_)  # a test may run as one who may read all
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", lambda path: open_(path))
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    assert {row["path"].split("#")[0]: row["value"] for row in removed_of(tmp_path / "out")} == dict.fromkeys(
+        (f"web/{name}" for name in ("a.html", "a.jsonl", "a.warc.gz", "a.parquet", "a.txt.gz")), "cannot be read: Permission denied")
+
+
+BROKEN_PAGES = {
+    "an open tag": b"<html><body><p>One two three <b>four <a href='x>five", "no markup": b"just words of no page at all",
+    "deep": b"<div>" * 50_000 + b"words", "attributes": b"<p " + b"a=1 " * 200_000 + b">words</p>",
+    "nothing": b"<html><body></body></html>", "entities": b"&#xD800;&#0;&#x110000;&bogus; words of a page",
+    "long line": b"<p>" + b"word " * 200_000, "half characters": b"<p>caf\xc3</p>\xff\xfe words",
+    "frames": b"<frameset><frame src=a></frameset>", "comment": b"<!-- never closed <p>words",
+}
+
+
+def test_broken_pages_end_in_text_or_in_a_reason(tmp_path):
+    for name, data in BROKEN_PAGES.items():
+        write(tmp_path / "raw" / f"{name}.html", data)
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    kept, removed = kept_of(tmp_path / "out"), removed_of(tmp_path / "out")
+    assert len(kept) + len(removed) == len(BROKEN_PAGES)
+    assert {row["id"] for row in kept} >= {f"web/{name}.html" for name in ("an open tag", "long line", "entities", "half characters")}
+    assert {row["id"]: row["rule"] for row in removed}["web/deep.html"] == "nesting"
+    assert not any(row["rule"] == "error" for row in removed)
+
+
+def test_a_page_that_a_stage_stumbles_over_costs_no_other(tmp_path, monkeypatch):
+    from jaxllm.data.clean import Clean
+
+    def stumbles(self, doc):
+        if doc.id.endswith("a.txt"):
+            raise RuntimeError("a surprise")
+
+    monkeypatch.setattr(Clean, "__call__", stumbles)
+    for name in "ab":
+        write(tmp_path / "raw" / f"{name}.txt", f"Text {name} of no page.".encode())
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    (gone,) = removed_of(tmp_path / "out")
+    assert (gone["id"], gone["stage"], gone["rule"], gone["value"]) == ("web/a.txt", "clean", "error", "RuntimeError: a surprise")
+    assert [row["id"] for row in kept_of(tmp_path / "out")] == ["web/b.txt"]
+
+
+def test_bytes_that_are_not_utf8_are_counted_or_read_as_the_page_says(tmp_path):
+    write(tmp_path / "raw" / "a.txt", b"caf\xe9 au lait, and more of it")
+    write(tmp_path / "raw" / "b.html", b'<html><meta charset="iso-8859-1"><body><p>caf\xe9 au lait</p></body></html>')
+    write(tmp_path / "raw" / "c.html", '<html><body><p>tea\u2014and caf\xe9</p></body></html>'.encode("cp1252"))
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    texts = {row["id"]: row["text"] for row in kept_of(tmp_path / "out")}
+    assert texts["web/b.html"] == "café au lait" and texts["web/c.html"] == "tea—and café" and "caf\ufffd" in texts["web/a.txt"]
+    assert manifest(tmp_path / "out")["counts"]["read.invalid_utf8"] == 1
+
+
+def test_a_rule_that_removes_everything_stops_and_is_named(source, tmp_path):
+    with pytest.raises(RunError, match=r"every document of source web was removed \(filter\.gopher\.min_words 9\d%"):
+        pipeline.main(settings(source, tmp_path / "out", **{"filter.gopher.min_words": 5000}))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(RunError, match=r"every document that the stages before had left was removed \(mix\.share 9\d%"):
+        pipeline.main(settings(source, tmp_path / "mix", **{"mix.total": 1e-9}))
+
+
+@pytest.mark.parametrize("most", [3_000, 20_000, 80_000])
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(most, everything, whole, tmp_path):
+    """A bound on the size of files stands for a full disk; it hits a different file at each size."""
+    words = ["data", everything, f"--run.dir={tmp_path / 'out'}", "--workers=1"]
+    done = run(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
+    assert done.returncode == 1 and "cannot be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert run(*words).returncode == 0 and hashes(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(("path", "says"), [
+    ("nothing-here", "no such file or folder"), ("empty", "the folder is empty"), ("odd", "no file ends in one of"),
+])
+def test_a_source_without_documents_is_one_line(path, says, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "odd" / "a.docx", b"x")
+    with pytest.raises(UserError, match=says):
+        pipeline.main(settings(tmp_path / path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_documents_in_a_file_stops(tmp_path):
+    write(tmp_path / "raw" / "a.jsonl", b"\n\n")
+    with pytest.raises(UserError, match="no source holds a document"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out"))
+
+
+def test_a_source_of_which_nothing_is_left_stops_and_names_the_rule(tmp_path):
+    write(tmp_path / "raw" / "a.txt", b"\0" * 100)
+    with pytest.raises(RunError, match=r"every document of source web was removed \(read.binary 100%\)"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out"))
