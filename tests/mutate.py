@@ -190,6 +190,8 @@ FAULTS = [
     Fault("a gain's gradient is one device's", "jaxllm/model/split.py", "scale = jnp.broadcast_to(jnp.expand_dims(scale, -2), shape)",
           "scale = jax.lax.stop_gradient(jnp.broadcast_to(jnp.expand_dims(scale, -2), shape)).at[..., 0, :].add(scale - jax.lax.stop_gradient(scale))",
           "tests/test_collectives.py -k gains"),
+    Fault("devices in a ring are taken for rows", "jaxllm/partition.py", "np.array_equal(inner, np.unravel_index(np.arange(len(line)), sizes))", "True",
+          "tests/test_collectives.py -k directions"),
     Fault("the phases of a sum come in the wrong order", "jaxllm/model/split.py", "for i, n in enumerate(sizes):", "for i, n in reversed(list(enumerate(sizes))):",
           "tests/test_collectives.py -k phases"),
     Fault("the largest logit is one device's", "jaxllm/train/vocabulary.py", "return jax.lax.pmax(x, self.of_words) if self.of_words else x", "return x",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import toy
 from jax.sharding import PartitionSpec
 
 from jaxllm.model.split import gain, on_parts, reduce_scatter
+from jaxllm.partition import phases
 from jaxllm.plan import collectives, hlo
 
 
@@ -86,10 +88,31 @@ def test_gains_have_the_gradient_of_every_position_on_every_mesh():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+def slice_of(order, **degrees):
+    """Returns a mesh as `phases` reads it, over chips at these coordinates."""
+    chips = np.empty(len(order), object)
+    chips[:] = [SimpleNamespace(coords=(x, y, 0)) for x, y in order]
+    return SimpleNamespace(axis_names=tuple(degrees), devices=chips.reshape(tuple(degrees.values())))
+
+
+ROW_BY_ROW = [(x, y) for y in range(4) for x in range(4)]
+RING = [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (2, 1), (1, 1), (1, 2), (2, 2), (3, 2), (3, 3), (2, 3), (1, 3), (0, 3), (0, 2), (0, 1)]
+
+
+@pytest.mark.parametrize(("order", "degrees", "found"), [
+    pytest.param(ROW_BY_ROW, {"data": 1, "fsdp": 16}, (("fsdp", (4, 4)),), id="two directions"),
+    pytest.param(ROW_BY_ROW, {"data": 2, "fsdp": 8}, (("fsdp", (2, 4)),), id="half of one"),
+    pytest.param(ROW_BY_ROW, {"fsdp": 4, "tensor": 4}, (), id="one direction each"),
+    pytest.param(RING, {"data": 1, "fsdp": 16}, (), id="a ring has no rows"),
+])
+def test_an_axis_over_several_directions_has_a_phase_for_each(order, degrees, found):
+    assert phases(slice_of(order, **degrees)) == found
+
+
 def test_a_sum_in_phases_leaves_each_device_the_same_part():
-    def parts(phases):
+    def parts(in_phases):
         def local(x):
-            return reduce_scatter(x, 0, ("fsdp",), phases)
+            return reduce_scatter(x, 0, ("fsdp",), in_phases)
 
         with jax.set_mesh(toy.program(devices=8, fsdp=8).mesh):
             split = PartitionSpec("fsdp")
