@@ -57,7 +57,7 @@ def variants(pages: pathlib.Path, path: str, folder: pathlib.Path) -> dict[str, 
         out["markup"].append((html, held))
         out["raw"].append((extract_plain_text(HTMLTree.parse(html), main_content=False), held))
     settings = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
-    settings |= {"sources": {"pages": {"path": str(pages)}}, "run": {"dir": str(folder / "out")}}
+    settings |= {"sources": {"pages": {"path": f"{pages}/**/*.html"}}, "run": {"dir": str(folder / "out")}}
     (folder / "clean.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "jaxllm", "data", str(folder / "clean.yaml")], check=True, cwd=ROOT)
     for part in sorted(documents_of(folder / "out", "").iterdir()):
