@@ -69,22 +69,33 @@ def spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Returns `x` placed by its logical axes, on the mesh that `jax.set_mesh` chose; `x` itself where no axis is split.
-
-    A dimension that its mesh axes do not divide, as the one position of a decoded token, is left whole.
-    """
+def free_axes() -> dict[str, int]:
+    """Returns the axes that split something on the mesh that `jax.set_mesh` chose, with their sizes, but for those that a
+    caller's `shard_map` has taken already."""
     mesh = jax.sharding.get_abstract_mesh()
-    free = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
-    if not free:
+    return {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+
+
+def kept(shape: tuple[int, ...], *logical: str | None) -> list[tuple[str, ...]]:
+    """Returns the free mesh axes that split each dimension of an array: of those of its logical axis, from the outermost on
+    as many as divide it."""
+    free, out = free_axes(), []
+    for size, entry in zip(shape, spec(*logical), strict=True):
+        axes = tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in free)
+        while size % math.prod(free[a] for a in axes):  # as the one position of a decoded token
+            axes = axes[:-1]
+        out.append(axes)
+    return out
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Returns `x` placed by its logical axes, on the mesh that `jax.set_mesh` chose; `x` itself where no axis is split."""
+    if not free_axes():
         return x
-    entries = [(e,) if isinstance(e, str) else e or () for e in spec(*logical)]
-    kept = [tuple(a for a in e if a in free) for e in entries]
-    kept = [e if e and n % math.prod(free[a] for a in e) == 0 else None for n, e in zip(x.shape, kept, strict=True)]
     try:
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in kept(x.shape, *logical))))
     except NotImplementedError:  # jax 0.7 has no constraints where shard_map is manual over some axes: the compiler places
-        if not mesh.manual_axes:
+        if not jax.sharding.get_abstract_mesh().manual_axes:
             raise
         return x
 
@@ -102,6 +113,25 @@ def on_each_device(local, in_axes, out_axes):
         return PartitionSpec(*(tuple(a for a in e if a in free) or None for e in entries))
 
     return jax.shard_map(local, in_specs=tuple(map(part, in_axes)), out_specs=part(out_axes), axis_names=free, check_vma=False)
+
+
+def phases(mesh: Mesh) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns, for each mesh axis that lies over several directions of a TPU slice's network, how many chips it has in each.
+
+    (("fsdp", (4, 4)),): the outermost direction first. Axes whose devices stand in another order are left out.
+    """
+    found = []
+    for i, axis in enumerate(mesh.axis_names):
+        line = np.moveaxis(mesh.devices, i, 0).reshape(mesh.devices.shape[i], -1)[:, 0]
+        if not hasattr(line[0], "coords") or len({getattr(d, "slice_index", 0) for d in line}) > 1:
+            continue
+        steps = np.array([d.coords for d in line]).T  # [direction, place]
+        moving = sorted((row for row in steps if len(set(row)) > 1), key=lambda row: -int(np.argmax(row != row[0])))
+        sizes = tuple(len(set(row)) for row in moving)
+        inner = [np.unique(row, return_inverse=True)[1].ravel() for row in moving]
+        if len(sizes) > 1 and np.array_equal(inner, np.unravel_index(np.arange(len(line)), sizes)):
+            found.append((axis, sizes))
+    return tuple(found)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -54,8 +54,10 @@ def trainers_logps(prog, params, ids):
         return np.asarray(run(params, ids[None]))
 
 
-@pytest.mark.parametrize("change", [{}, {"window": 6}, {"tied": True}, {"position": "none", "norm": "layernorm", "activation": "gelu"}],
-                         ids=["plain", "window", "tied", "others"])
+@pytest.mark.parametrize("change", [
+    pytest.param({"window": 6}, id="window"),
+    *(pytest.param(change, id=name, marks=pytest.mark.slow) for name, change in {
+        "plain": {}, "tied": {"tied": True}, "others": {"position": "none", "norm": "layernorm", "activation": "gelu"}}.items())])
 def test_the_samplers_logprobs_are_the_trainers(change):
     prog, params, engine = make(dataclasses.replace(MODEL, **change))
     for cfg in (SampleConfig(max_tokens=40, temperature=0), SampleConfig(max_tokens=40, temperature=1.3, top_k=20, repetition_penalty=1.2)):
@@ -86,7 +88,7 @@ def test_a_rows_text_depends_on_its_own_seed_alone(made):
     assert engine.generate([PROMPTS[0]], cfg, [5])[0].tokens != alone[0]
 
 
-@pytest.mark.parametrize("mesh", [{"devices": 8, "data": 2, "fsdp": 2, "tensor": 2}, {"devices": 8, "data": 8}])
+@pytest.mark.parametrize("mesh", [{"devices": 8, "data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"devices": 8, "data": 8}, marks=pytest.mark.slow)])
 def test_sharded_decoding_writes_the_same(made, mesh):
     cfg = SampleConfig(max_tokens=20, temperature=0)
     want = [c.tokens for c in made[2].generate(PROMPTS[:3], cfg)]

@@ -32,7 +32,7 @@ def program(sync="local_sgd", inner_steps=1, optim=SGD, **more):
     return toy.program(**{"devices": 4, "data": 4, "groups": 4, "sync": sync, "inner_steps": inner_steps, "optim": optim} | more)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"devices": 8, "tensor": 2}, pytest.param({"devices": 8, "fsdp": 2}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [{}, *(pytest.param({"devices": 8, axis: 2}, marks=pytest.mark.slow) for axis in ("tensor", "fsdp"))])
 def test_meeting_after_every_step_of_sgd_is_synchronous_training(mesh):
     batches = whole_batches(4)
     state, losses = toy.run(program(**mesh), batches)
@@ -107,6 +107,7 @@ def test_groups_talk_only_when_they_meet(fragments, overlap):
     assert bytes_per_token(n_params, 4, 100, 10) == pytest.approx(4 * n_params * 1.5 / 1000)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, capsys):
     how = {"sync": "diloco", "groups": 4, "inner_steps": 6, "eval_every": 6}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
@@ -127,10 +128,8 @@ def test_a_run_resumes_between_meetings_and_is_sampled_and_inspected(tmp_path, c
     assert cli.main(["generate", str(resumed), "--prompt=the ", "--sample.max_tokens=4"]) == 0
 
 
-@pytest.mark.parametrize("how", [
-    pytest.param({"inner_steps": 3, "staleness": 2}, marks=pytest.mark.slow),
-    {"inner_steps": 5, "fragments": 2, "overlap": 2},
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"inner_steps": 3, "staleness": 2}, {"inner_steps": 5, "fragments": 2, "overlap": 2}])
 def test_a_run_resumes_to_the_bit_while_contributions_are_under_way(tmp_path, how, capsys):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     config = runs.config(tmp_path, train={"sync": "diloco", "groups": 2, **how}, mesh={"data": 2, "fsdp": 4}, model={"n_layers": 2},

@@ -33,7 +33,7 @@ def plain():
 
 
 @CAN_RUN
-@pytest.mark.parametrize("where", ["activations", "optimizer", "both"])
+@pytest.mark.parametrize("where", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("activations", "optimizer")), "both"])
 def test_three_steps_are_those_without_offload(where, plain, on_a_cpu):
     expected, losses = plain
     state, found = three_steps(offload=where, remat="qkv", micro_batches=2)
@@ -54,7 +54,8 @@ def test_moments_of_other_shapes_than_the_parameters_go_there_too(on_a_cpu):
 
 
 @CAN_RUN
-@pytest.mark.parametrize(("saved", "restored"), [("optimizer", "none"), ("none", "optimizer"), ("optimizer", "optimizer")])
+@pytest.mark.parametrize(("saved", "restored"), [
+    ("optimizer", "none"), *(pytest.param(*two, marks=pytest.mark.slow) for two in (("none", "optimizer"), ("optimizer", "optimizer")))])
 def test_a_checkpoint_does_not_depend_on_where_moments_live(saved, restored, on_a_cpu, tmp_path):
     first, after = toy.program(devices=4, fsdp=4, offload=saved), toy.program(devices=4, fsdp=4, offload=restored)
     batches = [toy.batch(seed=i) for i in range(4)]

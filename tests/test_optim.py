@@ -105,7 +105,7 @@ def test_muon_takes_block_matrices():
     }
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adafactor", "muon"))])
 def test_every_optimizer_learns_a_fixed_batch(name):
     cfg = OptimConfig(name=name, lr={"sgd": 0.5, "lion": 2e-3}.get(name, 1e-2), schedule="constant")
     losses = toy.run(toy.program(optim=cfg), [toy.batch()] * 20)[1]

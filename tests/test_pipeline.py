@@ -91,7 +91,7 @@ def test_ten_steps_with_clipping_are_those_of_one_device(mesh, name, one_device)
 
 @pytest.mark.parametrize(("change", "name", "train"), [
     pytest.param({"tied": True, "norm": "layernorm", "n_layers": 2}, "zero_bubble", {"remat": "full"}, id="tied, remat"),
-    pytest.param({"dropout": 0.3, "n_layers": 4}, "interleaved", {"fsdp": 2}, id="dropout, fsdp"),
+    pytest.param({"dropout": 0.3, "n_layers": 4}, "interleaved", {"fsdp": 2}, id="dropout, fsdp", marks=pytest.mark.slow),
     pytest.param({"window": 5, "activation": "gelu", "n_layers": 2}, "1f1b", {"micro_batches": 1}, id="one micro-batch", marks=pytest.mark.slow),
     pytest.param({"dropout": 0.3, "n_layers": 6}, "zero_bubble", {"micro_batches": 2, "stage": 3}, id="few", marks=pytest.mark.slow),
 ])
@@ -143,7 +143,7 @@ def sums(mesh, schedule, layers=8, width=16):
 
 
 @pytest.mark.parametrize(("name", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
-@pytest.mark.parametrize("m", [4, 12])
+@pytest.mark.parametrize("m", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_what_layers_add_to_the_loss_and_count_is_summed_over_stages(name, v, m):
     mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
     (found, found_grads), (loss, grads) = sums(mesh, make(name, 4, m, v))

@@ -137,7 +137,8 @@ def damage_mix(checkpoint: pathlib.Path):
     shutil.copytree(checkpoint.with_name("20") / "params", checkpoint / "params")
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_mix])
+@pytest.mark.parametrize("damage", [
+    damage_flip, *(pytest.param(one, marks=pytest.mark.slow) for one in (damage_truncate, damage_remove, damage_mix))])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage, never_killed, tmp_path):
     folder, config = never_killed
     copy = tmp_path / "run"
@@ -183,7 +184,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(tmp_path):
     assert "goes on from step 4" in text
 
 
-@pytest.mark.parametrize("board", ["true", "false"])
+@pytest.mark.parametrize("board", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_full_disk_while_logging_stops_the_run_and_does_not_hang(tmp_path, board):
     config = runs.config(tmp_path, log={"every": 1}, checkpoint={"every": 100_000})
     code, text = go_on(config, tmp_path / "first", steps=1)  # tokenises

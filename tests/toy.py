@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxllm.mesh import MeshConfig
+from jaxllm.mesh import DcnConfig, MeshConfig
 from jaxllm.model.config import ModelConfig
 from jaxllm.partition import batch_sharding, make_mesh
 from jaxllm.train.config import OptimConfig, TrainConfig
@@ -27,13 +27,14 @@ def batch(rows: int = ROWS, T: int = T, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def program(model: ModelConfig = MODEL, *, devices: int = 1, stage: int = 1, data: int = 1, fsdp: int = 1, expert: int = 1,
-            context: int = 1, tensor: int = 1, steps: int | None = 10, seed: int = 0, optim: OptimConfig | None = None, **train):
-    """Returns a program on some of the emulated devices."""
+            context: int = 1, tensor: int = 1, slices: int = 1, steps: int | None = 10, seed: int = 0,
+            optim: OptimConfig | None = None, **train):
+    """Returns a program on some of the emulated devices; `slices` of them side by side, each with the other degrees."""
     # Out of the cache, collectives in nested branches run in no fixed order on a CPU (jaxllm/platform.py): those are not kept.
-    nested = stage > 1 and expert * context > 1
+    nested = stage > 1 and fsdp * expert * context * tensor > 1
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf") if nested else 0.3)
-    mesh = make_mesh(MeshConfig(stage=stage, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor),
-                     jax.devices()[:devices])
+    mesh = make_mesh(MeshConfig(stage=stage, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor,
+                                dcn=DcnConfig(data=slices)), jax.devices()[:devices])
     cfg = TrainConfig(steps=steps, **{"batch_size": ROWS, "loss_chunk": 10} | train)
     return build(model, cfg, make_optimizer(optim or OptimConfig(lr=1e-3, schedule="constant"), steps or 10), mesh, seed=seed)
 

@@ -22,6 +22,7 @@ class Formulation:
     grouped: Callable  # (x_MD, w_EDF, size_E) -> y_MF: rows sorted by expert times their expert's weights
     context: int = 1  # parts of a sequence that are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
+    phases: tuple = ()  # of sums over a mesh axis: partition.phases
     remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
     offload: bool = False  # whether what it keeps goes to the host's memory
 
@@ -35,9 +36,9 @@ PLATFORMS = {
 }
 
 
-def for_platform(platform: str, *, remat: str = "none", offload: bool = False) -> Formulation:
+def for_platform(platform: str, *, remat: str = "none", offload: bool = False, phases: tuple = ()) -> Formulation:
     """Returns the formulation of a mesh's platform."""
-    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat, offload=offload)
+    return dataclasses.replace(PLATFORMS.get(platform, PLATFORMS["gpu"]), remat=remat, offload=offload, phases=phases)
 
 
 REFERENCE = Formulation(attention=partial(dense_masked, implementation="xla"), attention_at=dense_at, unroll=False,

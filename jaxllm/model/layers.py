@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
+from jaxllm.model.split import columns, gain, rows
 from jaxllm.partition import constrain
 
 
@@ -24,15 +25,6 @@ def std_of(cfg: ModelConfig, fan_in: int, *, residual: bool = False) -> float:
     return std * (2 * cfg.n_layers) ** -0.5 if residual else std
 
 
-def dense(x_BTD: jax.Array, w: jax.Array, flatten: bool) -> jax.Array:
-    """Contracts the last axis of `x_BTD` with the first of `w`; returns [B, T, *w.shape[1:]]."""
-    if not flatten:
-        return jax.lax.dot_general(x_BTD, w, (((2,), (0,)), ((), ())))
-    B, T, D = x_BTD.shape
-    y_MO = x_BTD.reshape(B * T, D) @ w.reshape(D, -1)
-    return y_MO.reshape(B, T, *w.shape[1:])
-
-
 class RMSNorm(nnx.Module):
     """Divides by the root mean square over the width (Zhang and Sennrich 2019)."""
 
@@ -43,7 +35,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD):
         x32 = x_BTD.astype(jnp.float32)  # bfloat16 squares lose the mean's digits
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return x32.astype(x_BTD.dtype) * self.scale_D[...][None, None]
+        return gain(x32.astype(x_BTD.dtype), self.scale_D[...])
 
 
 class LayerNorm(nnx.Module):
@@ -58,7 +50,7 @@ class LayerNorm(nnx.Module):
         x32 = x_BTD.astype(jnp.float32)
         x32 -= jnp.mean(x32, -1, keepdims=True)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return x32.astype(x_BTD.dtype) * self.scale_D[...][None, None] + self.bias_D[...][None, None]
+        return gain(x32.astype(x_BTD.dtype), self.scale_D[...], self.bias_D[...])
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -91,15 +83,15 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, K, H = cfg.d_model, cfg.kv_heads, cfg.head_dim
         G = cfg.n_heads // K
-        self.flatten = form.flatten
+        self.form = form
         # One matmul for all three; a kv head's G queries, key and value stay on one device.
         self.qkv_DKGH = weight(rngs, {"embed": D, "kv_heads": K, "qkv": G + 2, "head_dim": H}, std=std_of(cfg, D))
         self.out_NHD = weight(rngs, {"heads": cfg.n_heads, "head_dim": H, "embed": D},
                               std=std_of(cfg, D, residual=True))
 
     def __call__(self, x_BTD, angles, attend, cache=None):
-        qkv_BTKGH = constrain(dense(x_BTD, self.qkv_DKGH[...], self.flatten), "batch", "seq", "kv_heads", None, None)
-        qkv_BTKGH = checkpoint_name(qkv_BTKGH, "qkv")
+        (qkv_BTKGH,) = columns(x_BTD, self.qkv_DKGH, form=self.form)
+        qkv_BTKGH = checkpoint_name(constrain(qkv_BTKGH, "batch", "seq", "kv_heads", None, None), "qkv")
         B, T, K, G, H = qkv_BTKGH.shape
         # split, not slices: its derivative is one concatenation instead of a sum of padded arrays
         q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKGH, [G - 2, G - 1], axis=3)
@@ -107,8 +99,7 @@ class Attention(nnx.Module):
         if angles is not None:
             q_BTNH, k_BTKH = rope(q_BTNH, *angles), rope(k_BTKH, *angles)
         o_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache)
-        N, H, D = self.out_NHD.shape
-        return dense(o_BTNH.reshape(B, T, N * H), self.out_NHD[...].reshape(N * H, D), self.flatten), cache
+        return rows(o_BTNH, self.out_NHD, self.form), cache
 
 
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu2": lambda x: jnp.square(jax.nn.relu(x))}
@@ -119,13 +110,13 @@ class FeedForward(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.ff_width
-        self.flatten, self.activation = form.flatten, cfg.activation
+        self.form, self.activation = form, cfg.activation
         self.up_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
 
     def __call__(self, x_BTD):
-        h_BTF = ACTIVATIONS[self.activation](dense(x_BTD, self.up_DF[...], self.flatten))
-        return dense(constrain(h_BTF, "batch", "seq", "mlp"), self.down_FD[...], self.flatten)
+        (up_BTF,) = columns(x_BTD, self.up_DF, form=self.form)
+        return rows(constrain(ACTIVATIONS[self.activation](up_BTF), "batch", "seq", "mlp"), self.down_FD, self.form)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,16 +139,16 @@ class GatedFeedForward(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.ff_width
-        self.flatten, self.activation = form.flatten, cfg.activation
+        self.form, self.activation = form, cfg.activation
         self.gate_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.up_DF = weight(rngs, {"embed": D, "mlp": F}, std=std_of(cfg, D))
         self.down_FD = weight(rngs, {"mlp": F, "embed": D}, std=std_of(cfg, F, residual=True))
 
     def __call__(self, x_BTD):
-        gate_BTF, up_BTF = dense(x_BTD, self.gate_DF[...], self.flatten), dense(x_BTD, self.up_DF[...], self.flatten)
+        gate_BTF, up_BTF = columns(x_BTD, self.gate_DF, self.up_DF, form=self.form)
         gate_BTF, up_BTF = constrain(gate_BTF, "batch", "seq", "mlp"), constrain(up_BTF, "batch", "seq", "mlp")
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
-        return dense(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD[...], self.flatten)
+        return rows(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD, self.form)
 
 
 def dropout(x_BTD, rate: float, key):

@@ -11,7 +11,8 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
 from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of, weight
 from jaxllm.model.moe import SparseFeedForward
-from jaxllm.partition import constrain
+from jaxllm.model.split import GATHERED, look_up, spread_gains, stream
+from jaxllm.partition import constrain, free_axes
 
 KEEP = jax.checkpoint_policies.save_only_these_names
 NAMES = {  # name -> the tensors of a layer that it keeps
@@ -34,10 +35,8 @@ def policy(remat: str, offload: bool):
 
 
 def residual(x_BTD):
-    """Places the stream between matmuls: positions over `tensor` too (sequence parallelism), but not in a pipeline's stage,
-    where the compiler would put permutations into a branch, and they would wait for stages that take another."""
-    in_stage = "stage" in jax.sharding.get_abstract_mesh().manual_axes
-    return constrain(x_BTD, "batch", "seq" if in_stage else "residual_seq", "act")
+    """Places the stream between matmuls."""
+    return constrain(x_BTD, "batch", stream(), "act")
 
 
 class Block(nnx.Module):
@@ -102,9 +101,7 @@ class Trunk(nnx.Module):
         return self.norm(x_BTD), cache_L, routed_L
 
     def embed(self, token_BT):
-        # The width is gathered first: a table split both ways cannot be looked up without copying all of it.
-        table_VD = constrain(self.embed_VD[...], "vocab", None)
-        return residual(table_VD[token_BT])
+        return residual(look_up(self.embed_VD, token_BT, self.form))
 
     def angles(self, pos_BT):
         """Returns what every layer rotates queries and keys by; None without rotary positions."""
@@ -118,6 +115,7 @@ class Trunk(nnx.Module):
         Sparse layers leave tokens that are not `real_BT` (padding) alone; with `capacity`, full experts drop tokens.
         """
         graph, stacked = nnx.split(self.blocks_L)
+        stacked = spread_gains(stacked)
         angles = self.angles(pos_BT)
 
         def layer(x_BTD, xs):
@@ -128,6 +126,8 @@ class Trunk(nnx.Module):
 
         if self.form.remat in REMAT:
             layer = jax.checkpoint(layer, policy=policy(self.form.remat, self.form.offload))
+        elif free_axes():
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
         if not self.form.unroll:
             x_BTD, (cache_L, routed_L) = jax.lax.scan(layer, x_BTD, (stacked, cache_L, key_L))
             return x_BTD, cache_L, routed_L

@@ -35,7 +35,7 @@ def memory(found: dict) -> list[str]:
     named = found["held"]["gradients"] + found["held"]["logits"] + (kept or 0)
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines += [f"  {'other buffers, gaps included':<34}{max(m['temporaries'] - named, 0) / 1e9:9.3f}",
-              *([f"  {'alive at once, at most':<34}{m['alive'] / 1e9:9.3f}"] if m.get("alive") else []),
+              *([f"  {'alive at once, at most':<34}{m['alive'] / 1e9:9.3f}"] if m.get("alive") and offload == "none" else []),
               f"  {'peak':<34}{m['peak'] / 1e9:9.3f}  of {has / 1e9:.2f}: {verdict}"]
     if offload == "none":
         return lines

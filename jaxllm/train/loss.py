@@ -8,18 +8,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxllm.train.vocabulary import on_vocabulary, summed
 
-def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss: float = 0.0, label_smoothing: float = 0.0):
+
+def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
+                    phases: tuple = ()):
     """Returns (Σ weight · loss, Σ weight), both float32, of predicting `target_BT` from the last hidden states.
 
     loss = −(1 − ε) log p[target] − ε · mean of log p over the vocabulary + z_loss · log² Z, with ε = label_smoothing
     (Szegedy et al. 2016) and Z the softmax's normaliser (Chowdhery et al. 2022, PaLM). At most `chunk` positions of
     each row have logits at any time. Under differentiation, the gradients are made while a chunk's logits are at hand,
     so that these are neither kept nor computed again (Hsu et al. 2024, Liger Kernel); without it, no gradient is made.
-    Each chunk adds to the head's gradient, a sum over the devices that split the batch: few chunks are faster there.
+    On a mesh each device computes its own rows' logits for its own part of the vocabulary; the head is gathered once, its
+    gradient summed once.
     """
-    loss = _summed_loss(chunk, z_loss, label_smoothing, x_BTD, head_DV, target_BT, weight_BT)
-    return loss, jnp.sum(weight_BT, dtype=jnp.float32)
+    loss = _summed_loss(chunk, z_loss, label_smoothing, phases, x_BTD, head_DV, target_BT, weight_BT)
+    return loss, summed(weight_BT)
 
 
 def token_logps(x_BTD, head_DV, target_BT, *, chunk: int):
@@ -33,41 +37,54 @@ def token_logps(x_BTD, head_DV, target_BT, *, chunk: int):
     return _by_chunks(chunk, visit, None, x_BTD, target_BT)[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed_loss(chunk, z_loss, smoothing, x_BTD, head_DV, target_BT, weight_BT):
-    def visit(total, x_BCD, target_BC, weight_BC):
-        logit_BCV = _logits(x_BCD, head_DV)
-        loss_BC = _losses(logit_BCV, jax.nn.logsumexp(logit_BCV, axis=-1), target_BC, z_loss, smoothing)
-        return total + jnp.sum(loss_BC * weight_BC), None
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _summed_loss(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight_BT):
+    def local(parts, x_BTD, head_DV, target_BT, weight_BT):
+        def visit(total, x_BCD, target_BC, weight_BC):
+            whole_DV = parts.whole_width(head_DV)
+            logit_BCV = _logits(x_BCD, whole_DV)
+            max_BC1 = parts.largest(jnp.max(logit_BCV, axis=-1, keepdims=True))
+            sum_BC = jnp.sum(jnp.exp(logit_BCV - max_BC1), axis=-1)
+            loss_BC, _ = _losses(parts, logit_BCV, max_BC1, sum_BC, target_BC, z_loss, smoothing)
+            return total + jnp.sum(loss_BC * weight_BC), None
 
-    return _by_chunks(chunk, visit, jnp.zeros((), jnp.float32), x_BTD, target_BT, weight_BT)[0]
+        arrays = parts.positions(x_BTD), target_BT, weight_BT
+        return parts.over_tokens(_by_chunks(parts.share(chunk), visit, jnp.zeros((), jnp.float32), *arrays)[0])
+
+    return on_vocabulary(local, x_BTD, head_DV, (target_BT, weight_BT), ("total",))
 
 
-def _forward(chunk, z_loss, smoothing, x_BTD, head_DV, target_BT, weight_BT):
+def _forward(chunk, z_loss, smoothing, phases, x_BTD, head_DV, target_BT, weight_BT):
     V = head_DV.shape[1]
 
-    def visit(carry, x_BCD, target_BC, weight_BC):
-        total, d_head_DV = carry
-        logit_BCV = _logits(x_BCD, head_DV)
-        max_BC1 = jnp.max(logit_BCV, axis=-1, keepdims=True)
-        exp_BCV = jnp.exp(logit_BCV - max_BC1)
-        sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
-        log_z_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0]
-        loss_BC = _losses(logit_BCV, log_z_BC, target_BC, z_loss, smoothing)
-        # d loss / d logit = p (1 + 2 z_loss log Z) − (1 − ε) [v = target] − ε / V, times the token's weight
-        share_BC1 = (weight_BC * (1 + 2 * z_loss * log_z_BC))[..., None] / sum_BC1
-        wanted_BCV = jnp.where(_is_target(target_BC, V), 1 - smoothing, 0.0) + smoothing / V
-        d_logit_BCV = (exp_BCV * share_BC1 - wanted_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
-        d_x_BCD = jnp.einsum("BCV,DV->BCD", d_logit_BCV, head_DV)
-        d_head_DV += jnp.einsum("BCD,BCV->DV", x_BCD, d_logit_BCV, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(loss_BC * weight_BC), d_head_DV), (d_x_BCD, loss_BC)
+    def local(parts, x_BTD, head_DV, target_BT, weight_BT):
+        def visit(carry, x_BCD, target_BC, weight_BC):
+            total, d_head_DV = carry
+            whole_DV = parts.whole_width(head_DV)
+            logit_BCV = _logits(x_BCD, whole_DV)
+            max_BC1 = parts.largest(jnp.max(logit_BCV, axis=-1, keepdims=True))
+            exp_BCV = jnp.exp(logit_BCV - max_BC1)
+            loss_BC, log_z_BC = _losses(parts, logit_BCV, max_BC1, jnp.sum(exp_BCV, axis=-1), target_BC, z_loss, smoothing)
+            # d loss / d logit = p (1 + 2 z_loss log Z) − (1 − ε) [v = target] − ε / V, times the token's weight
+            share_BC1 = (weight_BC * (1 + 2 * z_loss * log_z_BC) * jnp.exp(max_BC1[..., 0] - log_z_BC))[..., None]
+            wanted_BCV = jnp.where(parts.is_target(target_BC, logit_BCV.shape[-1]), 1 - smoothing, 0.0) + smoothing / V
+            d_logit_BCV = (exp_BCV * share_BC1 - wanted_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
+            d_x_BCD = jnp.einsum("BCV,DV->BCD", d_logit_BCV, whole_DV)
+            d_chunk_DV = jnp.einsum("BCD,BCV->DV", x_BCD, d_logit_BCV, preferred_element_type=jnp.float32)
+            d_head_DV += parts.own_width(d_chunk_DV)
+            return (total + jnp.sum(loss_BC * weight_BC), d_head_DV), (d_x_BCD, loss_BC)
 
-    start = jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
-    (total, d_head_DV), (d_x_BTD, loss_BT) = _by_chunks(chunk, visit, start, x_BTD, target_BT, weight_BT)
+        start = jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
+        arrays = parts.positions(x_BTD), target_BT, weight_BT
+        (total, d_head_DV), (d_x_BTD, loss_BT) = _by_chunks(parts.share(chunk), visit, start, *arrays)
+        return parts.over_tokens(total), parts.own_positions(d_x_BTD), parts.over_copies(d_head_DV), loss_BT
+
+    out = on_vocabulary(local, x_BTD, head_DV, (target_BT, weight_BT), ("total", "x", "head", "tokens"), phases)
+    total, d_x_BTD, d_head_DV, loss_BT = out
     return total, (d_x_BTD, d_head_DV.astype(head_DV.dtype), loss_BT)
 
 
-def _backward(chunk, z_loss, smoothing, saved, d_total):
+def _backward(chunk, z_loss, smoothing, phases, saved, d_total):
     d_x_BTD, d_head_DV, loss_BT = saved
     return d_x_BTD * d_total.astype(d_x_BTD.dtype), d_head_DV * d_total.astype(d_head_DV.dtype), None, loss_BT * d_total
 
@@ -75,9 +92,15 @@ def _backward(chunk, z_loss, smoothing, saved, d_total):
 _summed_loss.defvjp(_forward, _backward)
 
 
-def _losses(logit_BCV, log_z_BC, target_BC, z_loss, smoothing):
-    loss_BC = log_z_BC - (1 - smoothing) * _at(target_BC, logit_BCV) + z_loss * jnp.square(log_z_BC)
-    return loss_BC - smoothing * jnp.mean(logit_BCV, axis=-1) if smoothing else loss_BC
+def _losses(parts, logit_BCV, max_BC1, sum_BC, target_BC, z_loss, smoothing):
+    """Returns the losses and log Z, from the logits of a part of the vocabulary and their sum of e^(logit - max)."""
+    of_target_BCV = jnp.where(parts.is_target(target_BC, logit_BCV.shape[-1]), logit_BCV, 0.0)
+    # A masked sum, not a gather: each device sums its own part of a split vocabulary.
+    sums = [sum_BC, jnp.sum(of_target_BCV, axis=-1)] + ([jnp.sum(logit_BCV, axis=-1)] if smoothing else [])
+    sum_BC, at_target_BC, *all_BC = parts.over_vocabulary(jnp.stack(sums))
+    log_z_BC = max_BC1[..., 0] + jnp.log(sum_BC)
+    loss_BC = log_z_BC - (1 - smoothing) * at_target_BC + z_loss * jnp.square(log_z_BC)
+    return loss_BC - smoothing / parts.vocabulary * all_BC[0] if smoothing else loss_BC, log_z_BC
 
 
 def _logits(x_BCD, head_DV):

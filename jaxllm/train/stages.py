@@ -66,7 +66,8 @@ def pipelined(objective: Objective, schedule: Schedule, mesh: Mesh, params: nnx.
     def loss(shared, x_BTD, inputs):
         head = model(shared)
         return next_token_loss(head.trunk.norm(x_BTD), head.head_DV(), inputs["target_BT"], inputs["weight_BT"],
-                               chunk=objective.chunk, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)[0]
+                               chunk=objective.chunk, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
+                               phases=head.trunk.form.phases)[0]
 
     def body(blocks, x_BTD, inputs, key_L):
         x_BTD, routed_L = model(blocks=blocks).layers(x_BTD, inputs["pos_BT"], inputs["doc_BT"], key_L, objective.capacity)

@@ -19,7 +19,7 @@ from jaxllm.model.heads import LanguageModel
 from jaxllm.parallel import local_sgd
 from jaxllm.parallel.context import over_context
 from jaxllm.parallel.meetings import Meetings, cut
-from jaxllm.partition import RULES, batch_parts, batch_sharding, check_divides, replicated, shardings
+from jaxllm.partition import RULES, batch_parts, batch_sharding, check_divides, phases, replicated, shardings
 from jaxllm.train.config import TrainConfig
 from jaxllm.train.offload import check_offload, of_activations, of_optimizer, on_host, through_device
 from jaxllm.train.optim import Optimizer, is_variable
@@ -58,7 +58,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     """
     platform = mesh.devices.flat[0].platform
     check_offload(train, mesh)
-    form = for_platform(platform, remat=train.remat, offload=of_activations(train))
+    form = for_platform(platform, remat=train.remat, offload=of_activations(train), phases=phases(mesh))
     if mesh.shape["context"] > 1:
         form = over_context(form, mesh.shape["context"], train.context_attention)
     dtype = compute_dtype(train.precision, platform)

@@ -45,7 +45,8 @@ def loss_and_routed(objective: Objective, params, batch, key=None):
     batch = balance(batch, model.trunk.form.context)
     x_BTD, routed_L = model.hidden_and_routed(batch["token_BT"], batch["pos_BT"], batch["doc_BT"], key, objective.capacity)
     loss, n = next_token_loss(x_BTD, model.head_DV(), batch["target_BT"], batch["weight_BT"], chunk=objective.chunk,
-                              z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
+                              z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
+                              phases=model.trunk.form.phases)
     return loss + n * routers_loss(objective.moe, routed_L), (n, routed_L)
 
 
