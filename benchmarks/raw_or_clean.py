@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--pages", required=True, help="a folder of .html files")
     parser.add_argument("--config", required=True, help="of `jaxllm data`")
     parser.add_argument("--steps", type=int, default=1500, help="of 16 rows of 256 bytes")
+    parser.add_argument("--judged", default="clean,raw", help="which text of the held-out pages")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -40,8 +41,8 @@ def main() -> None:
             sizes = [sum(len(text.encode()) for text, held in found if held == side) for side in (False, True)]
             print(f"{kind}: {len(found):,} pages, {sizes[0] / 1e6:.1f} MB to train on, {sizes[1] / 1e6:.2f} MB held out",
                   flush=True)
-        for kind in ("markup", "raw", "clean"):
-            for judged in ("clean", "raw"):
+        for kind in ("raw", "clean", "markup"):
+            for judged in args.judged.split(","):
                 bits = bits_per_byte(folder / f"{kind}-{judged}", texts[kind], texts[judged], args.steps)
                 print(f"trained on {kind:<7} held-out {judged:<6} {bits:.4f} bits per byte", flush=True)
 
@@ -57,7 +58,7 @@ def variants(pages: pathlib.Path, path: str, folder: pathlib.Path) -> dict[str, 
         out["markup"].append((html, held))
         out["raw"].append((extract_plain_text(HTMLTree.parse(html), main_content=False), held))
     settings = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
-    settings |= {"sources": {"pages": {"path": str(pages)}}, "run": {"dir": str(folder / "out")}}
+    settings |= {"sources": {"pages": {"path": f"{pages}/**/*.html"}}, "run": {"dir": str(folder / "out")}}
     (folder / "clean.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "jaxllm", "data", str(folder / "clean.yaml")], check=True, cwd=ROOT)
     for part in sorted(documents_of(folder / "out", "").iterdir()):

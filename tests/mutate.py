@@ -342,7 +342,7 @@ FAULTS = [
     Fault("texts that were cut are written whole", "jaxllm/data/outputs.py", 'changed.get(i, row["text"])', 'row["text"]',
           "tests/test_data_pipeline.py -k its_part"),
     Fault("a plan differs from itself on disk", "jaxllm/data/pipeline.py", "json.loads(json.dumps(config.to_dict(cfg)))", "config.to_dict(cfg)",
-          "tests/test_data_pipeline.py -k 'workers or killed_in'"),
+          "tests/test_data_pipeline.py -k 'finished_run or killed_in'"),
     Fault("evaluation sets may change under a run", "jaxllm/data/pipeline.py", "hashes |= {", "_ = {", "tests/test_data_output.py -k earlier"),
     Fault("two documents share an id", "jaxllm/data/overall.py", "        ids[i] = new\n", "", "tests/test_data_pipeline.py -k kept_or_removed"),
     Fault("the text beside is compared", "jaxllm/data/overall.py", "[row - first]", "[0]", "tests/test_data_pipeline.py -k kept_or_removed"),

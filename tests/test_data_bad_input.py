@@ -135,7 +135,7 @@ def test_a_rule_that_removes_everything_stops_and_is_named(source, tmp_path):
         pipeline.main(settings(source, tmp_path / "mix", **{"mix.total": 1e-9}))
 
 
-@pytest.mark.parametrize("most", [3_000, 20_000, 80_000])
+@pytest.mark.parametrize("most", [3_000, pytest.param(20_000, marks=pytest.mark.slow), 80_000])
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(most, everything, whole, tmp_path):
     """A bound on the size of files stands for a full disk; it hits a different file at each size."""
     words = ["data", everything, f"--run.dir={tmp_path / 'out'}", "--workers=1"]

@@ -69,15 +69,20 @@ def test_every_stage_does_its_part(everything, tmp_path):
     assert sum(row["documents"] for row in found["rules"]) == len(removed)
 
 
-def test_neither_workers_nor_a_second_run_change_anything(everything, tmp_path):
-    found = []
-    for workers in (1, 2, 4):
-        done = run("data", everything, f"--run.dir={tmp_path / str(workers)}", f"--workers={workers}")
-        assert done.returncode == 0, done.stderr
-        found.append(hashes(tmp_path / str(workers)))
-    assert found[0] == found[1] == found[2]
-    done = run("data", everything, f"--run.dir={tmp_path / '1'}", "--json=-")
-    assert "nothing to do" in done.stderr and json.loads(done.stdout)["documents"] == found[0]["totals"]["documents"]
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_workers_change_nothing(workers, everything, whole, tmp_path):
+    done = run("data", everything, f"--run.dir={tmp_path / 'out'}", f"--workers={workers}")
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "out") == whole
+
+
+def test_a_finished_run_does_nothing(everything, whole, tmp_path):
+    words = ["data", everything, f"--run.dir={tmp_path / 'out'}", "--json=-", "--workers=1"]
+    assert run(*words).returncode == 0
+    before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    done = run(*words)
+    assert "nothing to do" in done.stderr and json.loads(done.stdout)["documents"] == whole["totals"]["documents"]
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
@@ -104,7 +109,7 @@ def test_killed_at_ten_random_moments_is_never_killed(everything, whole, tmp_pat
         assert not (tmp_path / str(out) / "work").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_request_to_stop_is_followed_and_the_same_command_goes_on(number, everything, whole, tmp_path):
     words = command("data", everything, f"--run.dir={tmp_path / 'out'}", "--workers=2")
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -144,7 +149,10 @@ STEPS = {  # a place in every step, at which the process dies without a word
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+QUICK = ("in a unit", "deciding", "publishing")
+
+
+@pytest.mark.parametrize("step", [step if step in QUICK else pytest.param(step, marks=pytest.mark.slow) for step in STEPS])
 def test_killed_in_any_step_is_never_killed(step, everything, whole, tmp_path):
     module, name, after = STEPS[step]
     code = f"""
@@ -187,6 +195,12 @@ def test_a_folder_of_something_else_is_not_deleted(source, tmp_path):
         with pytest.raises(UserError, match=r"give another run\.dir"):
             pipeline.main(settings(source, tmp_path, **{"run.overwrite": overwrite}))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_output_within_the_input_is_refused(source):
+    with pytest.raises(UserError, match=r"run\.dir=.*: lies in sources\.web\.path"):
+        pipeline.main(settings(source, source / "out"))
+    assert not (source / "out").exists()
 
 
 def test_a_live_run_holds_the_folder(source, tmp_path):

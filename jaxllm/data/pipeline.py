@@ -42,6 +42,11 @@ def main(cfg: DataVerb) -> dict:
         raise UserError("sources is empty; should hold a name and a path, e.g. --sources.web.path=pages/")
     files = {name: find_files(s.path, f"sources.{name}.path") for name, s in cfg.sources.items()}
     folder, plan = pathlib.Path(cfg.run.dir).expanduser(), plan_of(cfg, files)
+    for name, source in cfg.sources.items():
+        given = pathlib.Path(source.path).expanduser().resolve()
+        if given.is_dir() and folder.resolve().is_relative_to(given):
+            raise UserError(f"run.dir={cfg.run.dir}: lies in sources.{name}.path={source.path}, so its files would be read; "
+                            "give a folder outside")
     cfg = seeded(cfg)
     if finished := finished_before(folder, cfg, plan):
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
