@@ -1,6 +1,6 @@
 """Counts what a chip sends in a step as a mesh axis grows and its work stays the same, from programs compiled for TPUs.
 
-    python benchmarks/weak_scaling.py [--picture=docs/weak-scaling.svg] [--jobs=2]
+    python benchmarks/weak_scaling.py [--picture=docs/pictures/weak-scaling.svg] [--jobs=2]
 
 No TPU is needed, but the TPU compiler is (`jaxllm plan compile` says how to install it). The model has two layers, so that a
 program compiles in a minute; its width is such that 256 parts of it are whole tiles. One row of 192 positions a chip, or for

@@ -54,6 +54,8 @@ FAULTS = [
           "tests/test_resume.py -k text_that_changed"),
     Fault("a signal before the first step kills", "jaxllm/train/pretrain.py", "    with stopping_at_once():", "    with contextlib.nullcontext():",
           "tests/test_resume.py -k before_the_first"),
+    Fault("dropout goes by the device's place, not the position's", "jaxllm/parallel/context.py", "order=partial(order, n=n) if n > 1 else form.order, ", "",
+          "tests/test_step.py -k 'dropout and parts'"),
     Fault("context chunks are not balanced", "jaxllm/parallel/context.py", "chunks[[i, 2 * n - 1 - i]]", "chunks[[2 * i, 2 * i + 1]]",
           "tests/test_context.py -k triangle"),
     Fault("the ring's keys are taken for another device's", "jaxllm/parallel/context.py", "j = (i - s) % n", "j = (i + s) % n",

@@ -16,6 +16,7 @@ from jaxllm.generate import engine as engine_module
 from jaxllm.generate.config import SampleConfig
 from jaxllm.generate.engine import Engine
 from jaxllm.generate.text import Text
+from jaxllm.model.config import MoEConfig
 from jaxllm.model.formulation import REFERENCE
 from jaxllm.model.heads import LanguageModel
 from jaxllm.train.loss import token_logps
@@ -93,6 +94,13 @@ def test_sharded_decoding_writes_the_same(made, mesh):
     cfg = SampleConfig(max_tokens=20, temperature=0)
     want = [c.tokens for c in made[2].generate(PROMPTS[:3], cfg)]
     assert [c.tokens for c in make(**mesh)[2].generate(PROMPTS[:3], cfg)] == want
+
+
+def test_sparse_layers_decode_where_rows_and_positions_do_not_divide():
+    """A decoded token is one position: mesh.context cannot split it, nor `expert` three rows."""
+    model, cfg = dataclasses.replace(MODEL, moe=MoEConfig(experts=4)), SampleConfig(max_tokens=8, temperature=0)
+    want = [c.tokens for c in make(model)[2].generate(PROMPTS[:3], cfg)]
+    assert [c.tokens for c in make(model, devices=4, expert=2, context=2)[2].generate(PROMPTS[:3], cfg)] == want
 
 
 def test_looking_on_the_way_changes_nothing(made):

@@ -117,9 +117,10 @@ def test_packed_documents_are_the_same_documents_alone(window):
     assert error < 1e-6, leaf
 
 
-def test_dropout_does_not_depend_on_the_mesh_and_is_off_without_a_key():
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 4}], ids=["positions whole", "in parts"])
+def test_dropout_does_not_depend_on_the_mesh_and_is_off_without_a_key(mesh):
     model = dataclasses.replace(toy.MODEL, dropout=0.3)
-    one, eight = toy.program(model), toy.program(model, devices=8, data=2, fsdp=2, tensor=2)
+    one, eight = toy.program(model), toy.program(model, devices=8, **mesh)
     key = jax.random.key(3)
     on, sharded, off = (loss_and_grads(p, toy.batch(), model, k)[0] for p, k in ((one, key), (eight, key), (one, None)))
     assert abs(on - sharded) / on < 1e-6

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+
 from jaxllm.model.attention import dense_at, dense_masked, splash, splash_at
 from jaxllm.model.attention_cpu import causal_chunked
 from jaxllm.model.dispatch import by_ragged_dot
@@ -21,6 +23,7 @@ class Formulation:
     flatten: bool  # [B, T] merged into one axis before each matmul
     grouped: Callable  # (x_MD, w_EDF, size_E) -> y_MF: rows sorted by expert times their expert's weights
     context: int = 1  # parts of a sequence that are on different devices
+    order: Callable = np.arange  # T -> the position at each place of a row, whose parts are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
     phases: tuple = ()  # of sums over a mesh axis: partition.phases
     remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none

@@ -5,12 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
-from jaxllm.model.split import columns, gain, rows
+from jaxllm.model.split import columns, gain, rows, stream
 from jaxllm.partition import constrain
 
 
@@ -151,9 +152,15 @@ class GatedFeedForward(nnx.Module):
         return rows(gated(ACTIVATIONS[self.activation], gate_BTF, up_BTF), self.down_FD, self.form)
 
 
-def dropout(x_BTD, rate: float, key):
-    """Sets a share `rate` to 0 and scales the rest up; `key` None: returns `x_BTD`."""
+def dropout(x_BTD, rate: float, key, order):
+    """Sets a share `rate` to 0 and scales the rest up; `key` None: returns `x_BTD`.
+
+    Each position has a key of its own by its place in the row before `order` (Formulation) moved it to another device.
+    """
     if key is None or rate == 0:
         return x_BTD
-    keep = jax.random.bernoulli(key, 1 - rate, x_BTD.shape)
-    return jnp.where(keep, x_BTD / (1 - rate), jnp.zeros((), x_BTD.dtype))
+    B, T, D = x_BTD.shape
+    place_BT = np.arange(B, dtype=np.uint32)[:, None] * np.uint32(T) + order(T).astype(np.uint32)[None]
+    key_BT = jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(constrain(jnp.asarray(place_BT), "batch", stream()))
+    keep_BTD = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (D,))))(key_BT)
+    return jnp.where(keep_BTD, x_BTD / (1 - rate), jnp.zeros((), x_BTD.dtype))

@@ -18,7 +18,8 @@ from jaxllm.model.config import ModelConfig, MoEConfig
 from jaxllm.model.dispatch import dropless, with_capacity
 from jaxllm.model.formulation import Formulation
 from jaxllm.model.layers import ACTIVATIONS, FeedForward, GatedFeedForward, gated, std_of, weight
-from jaxllm.partition import spec
+from jaxllm.model.split import placed
+from jaxllm.partition import kept, spec
 
 
 class Routed(NamedTuple):
@@ -86,18 +87,18 @@ class SparseFeedForward(nnx.Module):
         else:
             # Each device routes its own tokens. Sums over devices stand in a leading axis and are taken outside, where
             # the partitioner reduces them once forward and not at all backward.
-            batch, (rows, seq) = spec("batch", "seq", "act"), spec("batch", "seq")
-            every = (*rows, seq)
+            x_axes = kept(x_BTD.shape, "batch", "seq", "act")
+            batch, every = placed(x_axes), (*x_axes[0], *x_axes[1])
 
             def one_device(x_BTD, real_BT, weights):
                 y_BTD, routed = self._local(x_BTD, real_BT, _whole(weights, mesh), capacity, mesh.shape["expert"])
                 return y_BTD[None], jax.tree.map(lambda a: a[None], routed)
 
-            placed = {n: spec(*getattr(self, n).axes) for n in names}
-            sums = Routed(*(PartitionSpec(every, None) if f.endswith("_E") else PartitionSpec(every) for f in Routed._fields))
+            own = {n: spec(*getattr(self, n).axes) for n in names}
+            sums = Routed(*(placed([every, ()] if f.endswith("_E") else [every]) for f in Routed._fields))
             ours = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
             parts = jax.shard_map(
-                one_device, in_specs=(batch, spec("batch", "seq"), placed), out_specs=(PartitionSpec("tensor", *batch), sums),
+                one_device, in_specs=(batch, placed(x_axes[:2]), own), out_specs=(PartitionSpec("tensor", *batch), sums),
                 axis_names=ours, check_vma=False)(x_BTD, real_BT, weights)
             y_BTD, routed = jax.tree.map(lambda a: jnp.sum(a, axis=0), parts)
         y_BTD = y_BTD.astype(x_BTD.dtype)

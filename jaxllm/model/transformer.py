@@ -45,7 +45,7 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs, sparse: bool = False):
         norm, ff = NORMS[cfg.norm], SparseFeedForward if sparse else GatedFeedForward if cfg.gated else FeedForward
         self.sparse = sparse
-        self.dropout = cfg.dropout
+        self.drop = partial(dropout, rate=cfg.dropout, order=form.order)
         self.attn_norm, self.attn = norm(cfg.d_model, cfg.norm_eps), Attention(cfg, form, rngs=rngs)
         self.mlp_norm, self.mlp = norm(cfg.d_model, cfg.norm_eps), ff(cfg, form, rngs=rngs)
 
@@ -53,10 +53,10 @@ class Block(nnx.Module):
         """Returns the stream, the cache, and what a sparse layer's router did (Routed; None of a dense layer)."""
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), angles, attend, cache)
-        x_BTD = residual(x_BTD + dropout(y_BTD, self.dropout, attn_key))
+        x_BTD = residual(x_BTD + self.drop(y_BTD, key=attn_key))
         h_BTD = self.mlp_norm(x_BTD)
         y_BTD, routed = self.mlp(h_BTD, real_BT, capacity) if self.sparse else (self.mlp(h_BTD), None)
-        return residual(x_BTD + dropout(y_BTD, self.dropout, mlp_key)), cache, routed
+        return residual(x_BTD + self.drop(y_BTD, key=mlp_key)), cache, routed
 
 
 class Turn(nnx.Module):

@@ -25,7 +25,8 @@ PARTS = (HEADS, HEADS, HEADS, ("batch", "seq")), HEADS  # axes of q, k, v and th
 def over_context(form: Formulation, n: int, method: str) -> Formulation:
     """Returns the formulation for sequences in n parts; `method`: gather or ring."""
     body = {"gather": partial(gathered, n, form.attention_at), "ring": partial(ring, n)}[method]
-    return dataclasses.replace(form, context=n, split_attention=body, flatten=form.flatten and n == 1)
+    return dataclasses.replace(form, context=n, order=partial(order, n=n) if n > 1 else form.order, split_attention=body,
+                               flatten=form.flatten and n == 1)
 
 
 def check_length(seq_len: int, mesh) -> None:

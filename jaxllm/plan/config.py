@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+LARGEST = 100_000  # forwards of a table
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleVerb:
@@ -16,3 +18,5 @@ class ScheduleVerb:
         for name in ("stages", "micro_batches", "virtual_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: should be at least 1")
+        if (n := self.stages * self.micro_batches * self.virtual_stages) > LARGEST:
+            raise ValueError(f"stages x micro_batches x virtual_stages is {n:,}: should be at most {LARGEST:,}, to be drawn")

@@ -62,7 +62,8 @@ def collectives(found: dict) -> list[str]:
     lines += [f"  {r['axis']:<16}{r['kind']:<20}{r['in_program']:>11}{r['times']:>7}{r['sent_gb']:>10.3f}{r['seconds']:>9.4f}"
               for r in found["collectives"]]
     each = ", ".join(f"{n} {name}" for name, n in found["per_layer"].items())
-    return [*lines, f"  a layer, forward and backward: {each or 'none'}"]
+    note = ["  (a sum over several directions of the network counts once for each)"] if "reduce-scatter" in each else []
+    return [*lines, f"  a layer, forward and backward: {each or 'none'}", *note]
 
 
 def time(topology: Topology, found: dict) -> list[str]:

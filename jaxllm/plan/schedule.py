@@ -17,6 +17,8 @@ def main(cfg: ScheduleVerb) -> dict:
     """Prints the table, the bubble and the live activations next to their formulas; returns them too."""
     if cfg.picture is not None and pathlib.Path(cfg.picture).suffix not in FORMATS:
         raise UserError(f"picture={cfg.picture}: should end in {', '.join(FORMATS)}")
+    if cfg.picture is not None and not pathlib.Path(cfg.picture).absolute().parent.is_dir():
+        raise UserError(f"picture={cfg.picture}: there is no folder {pathlib.Path(cfg.picture).parent}")
     schedule = make(cfg.schedule, cfg.stages, cfg.micro_batches, cfg.virtual_stages)
     found = facts(schedule)
     print(as_text(schedule, shutil.get_terminal_size((128, 24)).columns))

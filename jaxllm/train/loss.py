@@ -19,8 +19,8 @@ def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss:
     (Szegedy et al. 2016) and Z the softmax's normaliser (Chowdhery et al. 2022, PaLM). At most `chunk` positions of
     each row have logits at any time. Under differentiation, the gradients are made while a chunk's logits are at hand,
     so that these are neither kept nor computed again (Hsu et al. 2024, Liger Kernel); without it, no gradient is made.
-    On a mesh each device computes its own rows' logits for its own part of the vocabulary; the head is gathered once, its
-    gradient summed once.
+    On a mesh each device computes its own rows' logits for its own part of the vocabulary; the head is gathered, its
+    gradient summed, once a chunk.
     """
     loss = _summed_loss(chunk, z_loss, label_smoothing, phases, x_BTD, head_DV, target_BT, weight_BT)
     return loss, summed(weight_BT)

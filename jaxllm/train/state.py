@@ -206,5 +206,5 @@ def check_batch(train: TrainConfig, mesh: Mesh) -> None:
         raise UserError(
             f"train.batch_size={train.batch_size} in train.micro_batches={train.micro_batches} parts is {rows} rows a part, "
             f"which {' x '.join(f'mesh.{a}={mesh.shape[a]}' for a in RULES['batch'])} does not divide; "
-            f"nearest batch_size: {-(-rows // parts) * parts * train.micro_batches}"
+            f"nearest batch_size: {max(round(rows / parts), 1) * parts * train.micro_batches}"
         )
