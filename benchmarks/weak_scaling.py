@@ -3,7 +3,7 @@
     python benchmarks/weak_scaling.py [--picture=docs/pictures/weak-scaling.svg] [--jobs=2]
 
 No TPU is needed, but the TPU compiler is (`jaxllm plan compile` says how to install it). The model has two layers, so that a
-program compiles in a minute; its width is such that 256 parts of it are whole tiles. One row of 192 positions a chip, or for
+program compiles in a minute; its width is such that 256 parts of it are whole tiles. One row of 1024 positions a chip, or for
 each four with `tensor`.
 """
 
@@ -22,7 +22,7 @@ MESHES = {  # name -> degrees on n chips
     "fsdp": lambda n: {"data": 1, "fsdp": n, "tensor": 1},
     "fsdp x tensor 4": lambda n: {"data": 1, "fsdp": n // 4, "tensor": 4},
 }
-MODEL = {"d_model": 4096, "n_layers": 2, "n_heads": 32, "d_ff": 8192, "vocab_size": 4096, "max_seq_len": 192}
+MODEL = {"d_model": 4096, "n_layers": 2, "n_heads": 32, "d_ff": 8192, "vocab_size": 4096, "max_seq_len": 1024}
 
 
 def measured(name: str, chips: int) -> dict:
@@ -30,7 +30,7 @@ def measured(name: str, chips: int) -> dict:
     mesh = MESHES[name](chips)
     with tempfile.TemporaryDirectory() as folder:
         settings, result = pathlib.Path(folder) / "small.yaml", pathlib.Path(folder) / "found.json"
-        settings.write_text(json.dumps({"model": MODEL, "mesh": mesh, "data": {"seq_len": 192},
+        settings.write_text(json.dumps({"model": MODEL, "mesh": mesh, "data": {"seq_len": 1024},
                                         "train": {"steps": 10, "batch_size": mesh["data"] * mesh["fsdp"], "remat": "full"}}))
         subprocess.run([sys.executable, "-m", "jaxllm", "plan", "compile", str(settings), f"--topology=v5e-{chips}",
                         f"--json={result}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
