@@ -114,6 +114,22 @@ def test_the_page_and_the_card_tell_what_the_manifest_does(source, tmp_path):
     assert not re.search(r"https?://|src=", page(found, samples, [], {}))  # no network
 
 
+def test_nothing_that_is_shown_holds_personal_data(tmp_path):
+    rng = random.Random(3)
+    for i in range(6):
+        text = "".join(f"<p>{p}</p>" for p in (f"Write to jane{i}@example.com or jim{i}&#64;example.org, +49 30 1234567.", prose(rng), prose(rng)))
+        write(tmp_path / "raw" / f"{i}.html", f"<html><body>{text}</body></html>".encode())
+        write(tmp_path / "raw" / f"{i}.txt", b"x" * (3990 * (i % 2)) + f" joe{i}@example.com ".encode() + b"y " * (300 * (i % 3)))
+    for folder, more, addresses in (("masked", {}, False), ("open", {"privacy.email": "false"}, True)):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / folder, **more))
+        report = (tmp_path / folder / "report.html").read_text()
+        texts = " ".join(row["text"] for row in read_lines(tmp_path / folder / "removed-text" / "part-00000.jsonl.zst"))
+        assert "Before and after" in report and "<PHONE>" not in report and "&lt;PHONE&gt;" in report and "1234567" not in report + texts
+        for shown, names in ((report, r"jane\d@|jim\d@"), (texts, r"joe\d@")):
+            assert bool(re.search(names, shown)) == addresses
+            assert ("EMAIL" in shown) != addresses
+
+
 def test_a_pretraining_config_tokenizes_the_folder_as_it_is(source, tmp_path):
     pipeline.main(settings(source, tmp_path / "out"))
     cfg = config.load(PretrainConfig, str(ROOT / "configs/pretrain/tiny.yaml"), [

@@ -100,12 +100,18 @@ class Privacy:
         self.masks = [(kind, mask) for kind, mask in kinds.items() if getattr(cfg, kind)]
 
     def __call__(self, doc: Document) -> None:
-        text = doc.text
+        doc.text, counts = self.masked(doc.text)
+        for kind, n in counts.items():
+            doc.counts[f"privacy.{kind}"] = doc.counts.get(f"privacy.{kind}", 0) + n
+
+    def masked(self, text: str) -> tuple[str, dict[str, int]]:
+        """Returns the text with its masks, and how many of each kind there are."""
+        counts = {}
         for kind, mask in self.masks:
             text, n = mask(text)
             if n:
-                doc.counts[f"privacy.{kind}"] = doc.counts.get(f"privacy.{kind}", 0) + n
-        doc.text = text
+                counts[kind] = n
+        return text, counts
 
 
 def replaced(pattern: re.Pattern, decide: Callable[[re.Match], str | None], text: str) -> tuple[str, int]:

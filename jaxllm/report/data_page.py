@@ -154,7 +154,8 @@ def decided(found: dict) -> str:
 def before_after(pairs: list[dict]) -> str:
     if not pairs:
         return ""
-    out = ["<h2>Before and after</h2>"]
+    out = ["<h2>Before and after</h2>",
+           '<p class="quiet">Personal data is masked on both sides, as the settings of privacy say.</p>']
     for i, one in enumerate(pairs):
         texts = "".join(f'<div class="text">{esc(one[side])}</div>' for side in ("before", "after"))
         out.append(folded(f"{one['source']}: {one['id']}", f'<div class="two">{texts}</div>', "pairs", open_=i == 0))
