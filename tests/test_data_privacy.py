@@ -170,6 +170,24 @@ def test_scripts_without_spaces_bound_what_stands_in_them(text, expected):
     assert masked(text)[0] == expected
 
 
+@pytest.mark.parametrize(("text", "expected"), [
+    ("client_ip=93.184.216.34", "client_ip=<IP>"), ("src=93.184.216.34 dst=8.8.8.8", "src=<IP> dst=<IP>"), ("/93.184.216.34:5222", "/<IP>:5222"),
+    ("client_ip=8.8.8.8", "client_ip=<IP>"), ("http://93.184.216.34/x", "http://<IP>/x"), ("example.com/93.184.216.34:443", "example.com/<IP>:443"),
+    ("Chrome/120.0.0.0 Safari/537.36", "Chrome/120.0.0.0 Safari/537.36"), ("pip install a==93.184.216.34", "pip install a==93.184.216.34"),
+    ("version=93.4.16.34", "version=93.4.16.34"), ("pool/1.20.30.104", "pool/1.20.30.104"), ("group 239.255.77.1 and 224.0.0.251", "group 239.255.77.1 and 224.0.0.251"),
+    ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nVersion: 1\n\n" + "lQOYBF8aB9x2" * 5 + "\n=aB3d\n-----END PGP PRIVATE KEY BLOCK-----", "<KEY>"),
+    ("-----BEGIN RSA PRIVATE KEY-----\n" + "lQOYBF8aB9x2" * 5, "<KEY>"), ("a -----BEGIN PRIVATE KEY----- line begins 1 key", "a -----BEGIN PRIVATE KEY----- line begins 1 key"),
+    ("AccountKey=" + "abcdefgH+/" * 8 + "abcdeF==;Endpoint", "AccountKey=<KEY>;Endpoint"), ("Authorization: Basic dXNlcjpwYXNzd29yZA==", "Authorization: Basic <KEY>"),
+    ("Authorization: Basic authentication is old", "Authorization: Basic authentication is old"), ("https://user:secret@host/x", "https://user:<KEY>@host/x"),
+    ("postgres://me:pa55@db.example.org:5432/a", "postgres://me:<KEY>@db.example.org:5432/a"), ("http://localhost:8080/a@b", "http://localhost:8080/a@b"),
+    ("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "AWS_SECRET_ACCESS_KEY=<KEY>"), ("call 1984 1985 1986", "call 1984 1985 1986"),
+    ("sk-learn-contrib-project-2", "sk-learn-contrib-project-2"), ("sk-ant-api03-" + "aB3-x9_k" * 6, "<KEY>"),
+])
+def test_addresses_and_keys_by_what_stands_around_them(text, expected):
+    assert masked(text)[0] == expected
+    assert masked(expected) == (expected, {})
+
+
 @pytest.mark.parametrize("before", ["号", "ー", "번", "ค", ""])
 @pytest.mark.parametrize("kind", KINDS)
 def test_planted_data_touching_such_letters_is_masked(kind, before):
@@ -188,7 +206,7 @@ def test_check_digits_decide():
     assert masked("Konto DE89 3704 0044 0532 0130 00 BIC COBADEFF")[0] == "Konto <IBAN> BIC COBADEFF"
 
 
-@pytest.mark.parametrize("unit", ["AB12 ", "-----BEGIN PRIVATE KEY-----", "eyJaaaaaaaaaaa-", "a.", "@", "a@", "1 ", "+1", "1.", "tel ", "key ", "0:", "2001:", "(", "SG.a"])
+@pytest.mark.parametrize("unit", ["AB12 ", "-----BEGIN PRIVATE KEY-----", "eyJaaaaaaaaaaa-", "a.", "@", "a@", "1 ", "+1", "1.", "tel ", "key ", "0:", "2001:", "(", "SG.a", "://a:", "-----BEGIN PRIVATE KEY-----" + "a" * 40, "account key=", "ip=1.", "号@.", "a@a-."])
 def test_no_text_takes_long(unit):
     def seconds(n):
         began = time.process_time()

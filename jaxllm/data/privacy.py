@@ -26,7 +26,8 @@ EMAIL = re.compile(
     re.IGNORECASE)
 MAY_BE_EMAIL = re.compile(r"@|[aA][tT]\s?[\])]")
 
-KEYS = re.compile(r"""-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?!-----)[\s\S]){20,20000}-----END [A-Z ]*PRIVATE KEY-----
+KEYS = re.compile(r"""-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----
+(?:(?:(?!-----)[\s\S]){20,20000}-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----|(?:\s{0,4}[A-Za-z0-9+/=]{30,80}){1,400})
 |\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,251}\b|\bgithub_pat_\w{50,255}\b|\bglpat-[\w-]{20,}|\bxox[abeoprs]-[\w-]{10,250}
 |\bAIza[\w-]{35}|\b[srp]k_(?:live|test)_\w{16,250}|\bsk-[\w-]{20,250}|\bhf_[A-Za-z0-9]{30,60}\b|\bnpm_[A-Za-z0-9]{36}\b|\bpypi-[\w-]{50,}
 |\bSG\.[\w-]{16,64}\.[\w-]{30,}|\bSK[0-9a-f]{32}\b|\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,}
@@ -40,13 +41,20 @@ NAMES_SECRET = re.compile(
     r"|bearer)"
     r"""["']?\s{0,3}(?:[:=：]|=>|\s)\s{0,3}["']?$""")
 SECRET_MARKS = ("key", "token", "secret", "passw", "bearer")
+# of a shape that holds few digits, told by its name
+GIVEN = re.compile(
+    r"""(?i)((?:secret[_ ]?access[_ ]?key|account[_ ]?key)["']?\s{0,3}[:=]\s{0,3}["']?"""
+    r"""|authorization["']?\s{0,3}[:=]\s{0,3}["']?basic\s{1,3})"""
+    r"([A-Za-z0-9+/]{8,250}={0,2})")
+IN_URL = re.compile(r"""(?<=://)([^\s/:@<>"'{}$]{0,64}:)[^\s/:@<>"'{}$]{1,128}(?=@[\w.-])""")  # scheme://user:password@host
 
 IPV4 = re.compile(rf"(?<![{L}.-])(?:\d{{1,3}}\.){{3}}\d{{1,3}}(?![{L}-]|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])", re.ASCII)
 IS_VERSION = re.compile(
     r"(?i)(?:version|release|revision|build|\bver|\bv|\brev|section|chapter|figure|table|clause"
-    r"|版本|バージョン|버전|§|/|=)[ .:]*$")
-SAYS_IP = re.compile(r"(?i)\b(?:ip|ips|address|addr|host|server|dns|ping|from|nameserver|gateway)\b[^\n]{0,12}$")
+    r"|版本|バージョン|버전|§)[ .:=]*$|==\s?$")
+SAYS_IP = re.compile(
+    r"(?i)(?<![a-z\d])(?:ip|ips|address|addr|host|server|dns|ping|from|nameserver|gateway|src|dst)(?![a-z\d])[^\n]{0,12}$")
 
 CARD = re.compile(rf"(?<![{L}.,-])" r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,4}(?:\1\d{3})?"
                   r"|3\d{3}([ -]?)\d{6}\2\d{4,5})" rf"(?![{L}-]|[.,]\d)")
@@ -75,6 +83,7 @@ PHONE_AT_HOME = re.compile(
     r"|[6-9]\d{4}[ -]\d{5}"  # India
     r"|1[3-9]\d([ -])\d{4}\4\d{4}|(?<=[\u3000-\u9fff\uff1a])1[3-9]\d{9}"  # China
     rf")(?![{L}]|[.,/-]\d| \d)")
+YEARS = re.compile(r"(?:(?:19|20)\d\d[ /-]*){2,}")
 ZIP_CODE = re.compile(r"0\d{4}-\d{4}")
 NUMBER = re.compile(r"\d[\d ().\u00a0/-]{4,}\d")  # what any of these has in it
 
@@ -151,7 +160,7 @@ def mask_emails(text: str) -> tuple[str, int]:
 def mask_keys(text: str) -> tuple[str, int]:
     n = assigned = 0
     if any(mark in text for mark in KEY_MARKS):
-        text, n = replaced(KEYS, lambda found: "<KEY>" if any(map(str.isdigit, found[0])) else None, text)
+        text, n = replaced(KEYS, lambda found: "<KEY>" if is_key(found[0]) else None, text)
     lower = text.lower()
     if any(mark in lower for mark in SECRET_MARKS):
         def named(found: re.Match) -> str | None:
@@ -159,13 +168,32 @@ def mask_keys(text: str) -> tuple[str, int]:
             return "<KEY>" if said else None
 
         text, assigned = replaced(SECRET, named, text)
-    return text, n + assigned
+    given = in_urls = 0
+    if "key" in lower or "basic" in lower:
+        text, given = replaced(GIVEN, lambda found: found[1] + "<KEY>" if is_given(found) else None, text)
+    if "://" in text and "@" in text:
+        text, in_urls = IN_URL.subn(r"\1<KEY>", text)
+    return text, n + assigned + given + in_urls
+
+
+def is_key(value: str) -> bool:
+    """Returns whether a value that begins as keys do goes on like one: sk-learn-contrib-project-2 does not."""
+    digits = any(map(str.isdigit, value))
+    return digits and (not value.startswith("sk-") or value != value.lower() or n_changes(value) >= 4)
+
+
+def is_given(found: re.Match) -> bool:
+    long_enough = "basic" in found[1].lower() or len(found[2]) >= 40
+    return long_enough and any(c.isdigit() or c.isupper() for c in found[2][1:])
+
+
+def n_changes(value: str) -> int:
+    return sum(a.isdigit() != b.isdigit() for a, b in itertools.pairwise(value))
 
 
 def looks_random(value: str) -> bool:
     """Returns whether a value mixes digits and letters the way keys do, and names, paths and numbers do not."""
-    changes = sum(a.isdigit() != b.isdigit() for a, b in itertools.pairwise(value))
-    return changes >= 4 and len(set(value)) >= 8 and not re.search(r"[a-z]{7}|[./-]{2}|^\d+[.-]", value)
+    return n_changes(value) >= 4 and len(set(value)) >= 8 and not re.search(r"[a-z]{7}|[./-]{2}|^\d+[.-]", value)
 
 
 def mask_ips(text: str) -> tuple[str, int]:
@@ -181,8 +209,11 @@ def mask_ipv4(text: str) -> tuple[str, int]:
     def public(found: re.Match) -> str | None:
         parts = found[0].split(".")
         before = text[max(0, found.start() - 24):found.start()]
-        if IS_VERSION.search(before) and not before.endswith("://"):
+        if IS_VERSION.search(before):
             return None
+        low = int(parts[0]) < 32 or parts.count("0") > 1
+        if low and re.search(r"\w/$", before) and text[found.end():found.end() + 1] != ":":
+            return None  # Chrome/120.0.0.0
         if all(int(part) < 32 for part in parts) and not SAYS_IP.search(before):  # 1.2.3.4 is a version
             return None
         return "<IP>" if is_public(found[0]) else None
@@ -192,7 +223,8 @@ def mask_ipv4(text: str) -> tuple[str, int]:
 
 def is_public(address: str) -> bool:
     try:
-        return ipaddress.ip_address(address).is_global
+        found = ipaddress.ip_address(address)
+        return found.is_global and not found.is_multicast
     except ValueError:  # 999.1.1.1, 01.02.03.04
         return False
 
@@ -243,7 +275,7 @@ def mask_phones(text: str) -> tuple[str, int]:
 
 def mask_phones_here(text: str) -> tuple[str, int]:
     def near_word(found: re.Match) -> str | None:
-        return found[1] + "<PHONE>" if 6 <= n_digits(found[2]) <= 15 else None
+        return found[1] + "<PHONE>" if 6 <= n_digits(found[2]) <= 15 and not YEARS.fullmatch(found[2]) else None
 
     def abroad(found: re.Match) -> str | None:
         return "<PHONE>" if 8 <= n_digits(found[0]) <= 15 and ")." not in found[0] and ". " not in found[0] else None
