@@ -89,6 +89,15 @@ def test_whole_blocks_and_pages_of_truncated_files_are_used(tmp_path):
     assert read["a.jsonl.zst"][0] > (len(data) - (128 << 10)) * 0.97 and read["a.warc.gz"][1] == 3, read
 
 
+def test_lines_of_json_that_are_not_utf8_are_counted(tmp_path):
+    lines = [b'{"text": "a \xff one, \\u00e9", "id": "\xfe1"}', b'{"text": "two \xc3", "id": 2}', b'{"text": "three", "id": "\xff3"}', b'{"text": "\\ud800 \xff"}',
+             '{"text": "vier ä �"}'.encode()]
+    write(tmp_path / "raw" / "a.jsonl", b"\n".join(lines))
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    assert [row["text"] for row in kept_of(tmp_path / "out")] == ["a � one, é", "two �", "three", "? �", "vier ä �"]
+    assert manifest(tmp_path / "out")["counts"]["read.invalid_utf8"] == 2
+
+
 def test_a_file_that_may_not_be_read_is_counted(tmp_path, monkeypatch):
     for name in ("a.html", "a.jsonl", "a.warc.gz", "a.parquet", "a.txt.gz", "good.txt"):
         write(tmp_path / "raw" / name, b"A good document.")
