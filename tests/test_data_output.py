@@ -18,7 +18,7 @@ from jaxllm.data.tokenize import prepare
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.unit_files import read_lines
 from jaxllm.errors import UserError
-from jaxllm.report.data_page import card, page
+from jaxllm.report.data_page import card, lengths, page
 from jaxllm.train.config import PretrainConfig
 
 
@@ -112,6 +112,14 @@ def test_the_page_and_the_card_tell_what_the_manifest_does(source, tmp_path):
     samples = list(read_lines(out / "removed-text" / "part-00000.jsonl.zst"))
     assert [row["id"] for row in samples] == ["web/a.html"]
     assert not re.search(r"https?://|src=", page(found, samples, [], {}))  # no network
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 7, 11, 29])
+def test_labels_of_lengths_stay_within_their_frame(n):
+    found = {"bins": [10 ** 5 * 178] * n, "in": [1] * n, "out": [1] * n}
+    for x, label in re.findall(r'<text x="([0-9.]+)"[^>]*>([^<]+)<', lengths(found)):
+        assert float(x) + 7 * len(label) <= 460, (x, label)
+    assert "17.8M" in lengths(found)
 
 
 def test_nothing_that_is_shown_holds_personal_data(tmp_path):

@@ -109,7 +109,8 @@ def lengths(found: dict) -> str:
                        f'{bins[low + i]:,} characters or more: {c:,}</title></rect>' for i, c in enumerate(counts))
         every = max(n // 6, 1)
         ticks = "".join(f'<text x="{i * step:.1f}" y="{height + 16}" font-size="11" fill="var(--muted)">'
-                        f"{short(bins[low + i])}</text>" for i in range(0, n, every))
+                        f"{label}</text>" for i in range(0, n, every)
+                        if i * step + 8 * len(label := short(bins[low + i])) <= width)  # a digit is narrower than 8
         out.append(f'<figure class="card"><figcaption>{title}<span>documents by characters</span></figcaption>'
                    f'<svg viewBox="0 -4 {width} {height + 28}">{bars}{ticks}</svg></figure>')
     return "\n".join([*out, "</div>"])
