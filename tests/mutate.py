@@ -358,6 +358,12 @@ FAULTS = [
           "tests/test_data_output.py -k 'nothing_else or tokenizes'"),
     Fault("a page's text is markup in the report", "jaxllm/report/data_page.py", "esc(one[\"text\"][:1500])", "one[\"text\"][:1500]",
           "tests/test_data_output.py -k manifest_does"),
+    Fault("a number beside Chinese letters is part of a word", "jaxllm/data/privacy.py", r'L = r"\dA-Za-z_', r'L = r"\wA-Za-z_',
+          "tests/test_data_privacy.py -k without_spaces"),
+    Fault("what stood before a file's cut is lost", "jaxllm/data/streams.py", "if self.problem and not held:", "if self.problem:",
+          "tests/test_data_bad_input.py -k whole_lines"),
+    Fault("personal data is shown in the report", "jaxllm/data/map_unit.py", "row[key] = excerpt(row[key], privacy)", "row[key] = row[key][:EXCERPT]",
+          "tests/test_data_output.py -k personal"),
 ]
 
 

@@ -6,6 +6,7 @@ import pathlib
 import random
 import resource
 import tempfile
+import zlib
 
 import pytest
 import zstandard
@@ -62,6 +63,39 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(name, tmp
     with pytest.raises(UserError, match=f"{file}.*{says}"):
         pipeline.main(settings(tmp_path / "raw", tmp_path / "stop", **more, **{"read.on_error": "stop"}))
     assert not (tmp_path / "stop" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("lines", [300, 1200, 12_000])
+@pytest.mark.parametrize("cut", [10, 100])
+def test_all_whole_lines_of_a_truncated_file_are_used(lines, cut, tmp_path):
+    data = gzip.compress(noise(lines))[:-cut]
+    whole = zlib.decompressobj(31).decompress(data).count(b"\n")
+    write(tmp_path / "raw" / "a.jsonl.gz", data)
+    files = {"web": raw.find_files(str(tmp_path / "raw"), "path")}
+    items = [item for unit in raw.units({"web": raw.RawSource(path=str(tmp_path / "raw"))}, files, 20_000) for item in unit.items]
+    assert sum(not item.problem for item in items) == whole > lines - 20
+    assert [item.problem for item in items if item.problem] == ["ends early: the file is truncated"]
+
+
+def test_whole_blocks_and_pages_of_truncated_files_are_used(tmp_path):
+    data = noise(3_000)
+    write(tmp_path / "a.jsonl.zst", zstandard.compress(data)[:-30])
+    write(tmp_path / "a.warc.gz", gzip.compress(gzip.decompress(whole_warc()))[:-12])
+    read = {}
+    for name in ("a.jsonl.zst", "a.warc.gz"):
+        files = {"web": raw.find_files(str(tmp_path / name), "path")}
+        items = [item for unit in raw.units({"web": raw.RawSource(path=str(tmp_path / name))}, files, 20_000) for item in unit.items]
+        read[name] = sum(len(item.data) for item in items if not item.problem), sum(not item.problem for item in items)
+    assert read["a.jsonl.zst"][0] > (len(data) - (128 << 10)) * 0.97 and read["a.warc.gz"][1] == 3, read
+
+
+def test_lines_of_json_that_are_not_utf8_are_counted(tmp_path):
+    lines = [b'{"text": "a \xff one, \\u00e9", "id": "\xfe1"}', b'{"text": "two \xc3", "id": 2}', b'{"text": "three", "id": "\xff3"}', b'{"text": "\\ud800 \xff"}',
+             '{"text": "vier ä �"}'.encode()]
+    write(tmp_path / "raw" / "a.jsonl", b"\n".join(lines))
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    assert [row["text"] for row in kept_of(tmp_path / "out")] == ["a � one, é", "two �", "three", "? �", "vier ä �"]
+    assert manifest(tmp_path / "out")["counts"]["read.invalid_utf8"] == 2
 
 
 def test_a_file_that_may_not_be_read_is_counted(tmp_path, monkeypatch):

@@ -23,6 +23,9 @@ def cleaned(text: str, **settings) -> tuple[str, dict]:
 
 
 MENDED = [
+    ("★☆☆☆☆ bad", "1 of 5 stars bad", "symbol.star"), ("good: ★★★★★", "good: 5 stars", "symbol.star"), ("⭐⭐⭐👍", "3 stars thumbs up", "symbol.star"), ("a ★ b", "a star b", "symbol.star"),
+    ("C♯ and B♭", "C sharp and B flat", "symbol.sharp"), ("❄\n```py\ns = '❄'\n```\n❄", "snowflake\n```py\ns = '❄'\n```\nsnowflake", "symbol.snowflake"),
+    ("so ❄:\n\n    s = '❄'\n    t = '★★'\n\n❄", "so snowflake:\n\n    s = '❄'\n    t = '★★'\n\nsnowflake", "symbol.snowflake"),
     ("schÃ¶n und gut", "schön und gut", "encoding"), ("itâ€™s here", "it’s here", "encoding"), ("РџСЂРёРІРµС‚, РјРёСЂ!", "Привет, мир!", "encoding"),
     ("a\r\nb\rc\u2028d", "a\nb\nc\nd", "line_ends"), ("a\x00b\x07c\x7f", "abc", "control"), ("\x1b[31mred\x1b[0m text", "red text", "escapes"),
     ("\ufeffco\xadop\u200beration\u202e", "cooperation", "invisible"), ("a\u200db", "ab", "invisible"), ("e\u0301te\u0301", "été", "normalized"),
@@ -40,6 +43,12 @@ def test_what_is_mended_and_counted(text, becomes, counted):
     assert found == becomes
     assert counts[f"clean.{counted}"] >= 1
     assert cleaned(found) == (found, {})  # and once is enough
+
+
+def test_pictures_without_a_name_stay():
+    unknown = "\U0001faff"  # not assigned in Unicode 17
+    assert cleaned(f"a{unknown}{unknown} b")[0] == f"a{unknown}{unknown} b"
+    assert cleaned(f"a {unknown} b", symbols="remove")[0] == "a  b"
 
 
 LEFT = [

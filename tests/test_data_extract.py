@@ -57,6 +57,15 @@ def test_code_tables_and_lists_are_readable():
     assert "```" not in bare and "| ---" not in bare and '    return "a  |  b"' in bare
 
 
+@pytest.mark.parametrize("figure", ["<figure><img src=a.png><figcaption>The caption of it.</figcaption></figure>",
+                                    "<figure><pre>a = 1</pre><figcaption class=caption><p>The caption of it.</p></figcaption></figure>"])
+def test_captions_of_figures_stay(figure):
+    prose = "<p>The quick brown fox jumps over the lazy dog and goes home to sleep again in the evening.</p>" * 4
+    doc = Document("1", "web", f"<html><body>{prose}{figure}{prose}</body></html>", {"format": "html"})
+    Extract(ExtractConfig())(doc)
+    assert "\nThe caption of it.\n" in doc.text
+
+
 def test_text_that_is_no_page_passes_untouched():
     doc = Document("1", "books", "a < b > c &amp; <p>d", {"format": "text"})
     assert Extract(ExtractConfig())(doc) is None

@@ -18,7 +18,7 @@ from jaxllm.data.tokenize import prepare
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.unit_files import read_lines
 from jaxllm.errors import UserError
-from jaxllm.report.data_page import card, page
+from jaxllm.report.data_page import card, lengths, page
 from jaxllm.train.config import PretrainConfig
 
 
@@ -112,6 +112,30 @@ def test_the_page_and_the_card_tell_what_the_manifest_does(source, tmp_path):
     samples = list(read_lines(out / "removed-text" / "part-00000.jsonl.zst"))
     assert [row["id"] for row in samples] == ["web/a.html"]
     assert not re.search(r"https?://|src=", page(found, samples, [], {}))  # no network
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 7, 11, 29])
+def test_labels_of_lengths_stay_within_their_frame(n):
+    found = {"bins": [10 ** 5 * 178] * n, "in": [1] * n, "out": [1] * n}
+    for x, label in re.findall(r'<text x="([0-9.]+)"[^>]*>([^<]+)<', lengths(found)):
+        assert float(x) + 7 * len(label) <= 460, (x, label)
+    assert "17.8M" in lengths(found)
+
+
+def test_nothing_that_is_shown_holds_personal_data(tmp_path):
+    rng = random.Random(3)
+    for i in range(6):
+        text = "".join(f"<p>{p}</p>" for p in (f"Write to jane{i}@example.com or jim{i}&#64;example.org, +49 30 1234567.", prose(rng), prose(rng)))
+        write(tmp_path / "raw" / f"{i}.html", f"<html><body>{text}</body></html>".encode())
+        write(tmp_path / "raw" / f"{i}.txt", b"x" * (3990 * (i % 2)) + f" joe{i}@example.com ".encode() + b"y " * (300 * (i % 3)))
+    for folder, more, addresses in (("masked", {}, False), ("open", {"privacy.email": "false"}, True)):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / folder, **more))
+        report = (tmp_path / folder / "report.html").read_text()
+        texts = " ".join(row["text"] for row in read_lines(tmp_path / folder / "removed-text" / "part-00000.jsonl.zst"))
+        assert "Before and after" in report and "<PHONE>" not in report and "&lt;PHONE&gt;" in report and "1234567" not in report + texts
+        for shown, names in ((report, r"jane\d@|jim\d@"), (texts, r"joe\d@")):
+            assert bool(re.search(names, shown)) == addresses
+            assert ("EMAIL" in shown) != addresses
 
 
 def test_a_pretraining_config_tokenizes_the_folder_as_it_is(source, tmp_path):

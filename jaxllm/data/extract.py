@@ -153,6 +153,8 @@ def prepare(tree, *, markdown: bool) -> tuple[int, int]:
     for element in body.query_selector_all("div.sidebar, aside.sidebar, div.note, aside.note, aside.admonition").values():
         if characters_per_link(element) > 150:  # a box of text, which is not a page's side bar
             become_plain(tree, element)
+    for element in body.query_selector_all("figure:has(figcaption), figcaption").values():  # which Resiliparse drops
+        become_plain(tree, element)
     keep_shallow_lists(tree)
     n_code = code_blocks(tree) if markdown else len(body.query_selector_all("pre"))
     tables = body.query_selector_all("table:not(:has(table))").values() if markdown else []

@@ -14,9 +14,11 @@ import bisect
 import collections
 import functools
 import hashlib
+import html
 import json
 import math
 import pathlib
+import re
 import shutil
 import time
 
@@ -25,11 +27,15 @@ import numpy as np
 from jaxllm.data.charset import page_text
 from jaxllm.data.document import Document, Removal
 from jaxllm.data.minhash import signatures
+from jaxllm.data.privacy import Privacy
 from jaxllm.data.raw import Item, Unit
 from jaxllm.data.unit_files import unit_folder, write_lines
 from jaxllm.errors import UserError, writing
 
 EXCERPT = 4000  # characters of a sample
+AHEAD = 500  # characters more are read, so that an address at an excerpt's end is seen whole
+# in a page's source: + - . letters and @
+REFERENCES = re.compile(r"&#0*(?:4[3-9]|[5-9]\d|1[01]\d|12[0-2]|[xX](?:2[bBdDeE]|[34567][\da-fA-F]));|&(?:commat|period);")
 PAIRS = 3  # before and after, of a unit: those whose ids hash lowest, as all samples, so that order does not matter
 LENGTH_BINS = [0, *(int(10 ** (i / 4)) for i in range(4, 33))]  # characters, four bins a decade
 
@@ -149,7 +155,7 @@ class _Work:
         self.removed.append(line)
         self.rules[f"{stage}\t{rule}"] += 1
         _keep_lowest(self.samples.setdefault(f"{stage}\t{rule}", []), doc.id,
-                     {**line, "text": doc.text[:EXCERPT]}, self.cfg.output.samples)
+                     {**line, "text": doc.text[:EXCERPT + AHEAD]}, self.cfg.output.samples)
 
     def keep(self, doc: Document, before: str) -> None:
         text = doc.text.encode("utf-8", "replace")
@@ -158,11 +164,15 @@ class _Work:
         self.languages[str(doc.meta.get("language", "unknown"))] += 1
         doc.meta.pop("format", None)
         self.kept.append((doc, len(text)))
-        pair = {"id": doc.id, "source": doc.source, "before": before[:EXCERPT], "after": doc.text[:EXCERPT]}
+        pair = {"id": doc.id, "source": doc.source, "before": before[:EXCERPT + AHEAD], "after": doc.text[:EXCERPT]}
         _keep_lowest(self.pairs, doc.id, pair, PAIRS)
 
     def finish(self) -> None:
         docs = [doc for doc, _ in self.kept]
+        privacy = Privacy(self.cfg.privacy)  # what is shown of a document has not always been through this stage
+        for key, rows in [("before", self.pairs), *(("text", found) for found in self.samples.values())]:
+            for _, row in rows:
+                row[key] = excerpt(row[key], privacy)
         domain = self.cfg.sources[self.unit.source].domain or self.unit.source
         frames = write_lines(self.part / "kept.jsonl.zst",
                              ({"id": d.id, "source": d.source, "text": d.text, "meta": d.meta} for d in docs))
@@ -186,6 +196,12 @@ class _Work:
             for name, table in tables.items():
                 (self.part / f"{name}.json").write_text(json.dumps(table, ensure_ascii=False, default=str), encoding="utf-8",
                                                         errors="replace")
+
+
+def excerpt(text: str, privacy: Privacy) -> str:
+    """Returns the beginning of a text or a page's source, masked, also where references of characters spell it."""
+    masked, _ = privacy.masked(REFERENCES.sub(lambda found: html.unescape(found[0]), text))
+    return masked[:EXCERPT] if len(text) < EXCERPT + AHEAD else masked[:min(EXCERPT, len(masked) - AHEAD)]
 
 
 def decode(data: bytes | str, meta: dict) -> tuple[str, bool]:

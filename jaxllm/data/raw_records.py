@@ -3,6 +3,7 @@
 `at` is a list of one number, which tells how many bytes of the file were read.
 """
 
+import contextlib
 import json
 import pathlib
 import zlib
@@ -50,13 +51,13 @@ def _lines(path: pathlib.Path, limit: int, at: list[int]) -> Iterator[bytes | No
 
 
 def _of_json(line: bytes, source) -> Record:
+    as_it_came = None
     try:
-        found = json.loads(line.decode())
-    except UnicodeDecodeError:
         try:
+            found = json.loads(line.decode())
+        except UnicodeDecodeError:
             found = json.loads(line.decode(errors="replace"))
-        except (ValueError, RecursionError):
-            return None, "", {}, "not JSON"
+            as_it_came = json.loads(line.decode(errors="surrogateescape"))
     except (ValueError, RecursionError):
         return None, "", {}, "not JSON"
     if not isinstance(found, dict):
@@ -67,7 +68,11 @@ def _of_json(line: bytes, source) -> Record:
     meta = found.pop("meta", None)
     meta = found | meta if isinstance(meta, dict) else found
     meta.pop("format", None)
-    return text.encode("utf-8", "replace"), str(given if given is not None else ""), meta, ""
+    data = text.encode("utf-8", "replace")
+    if as_it_came:
+        with contextlib.suppress(UnicodeEncodeError):  # the reader counts what is not UTF-8
+            data = as_it_came[source.text_key].encode("utf-8", "surrogateescape")
+    return data, str(given if given is not None else ""), meta, ""
 
 
 def parquet_rows(path: pathlib.Path, source, at: list[int]) -> Iterator[Record]:

@@ -16,7 +16,7 @@ class Stream:
     """A file's bytes, decompressed as its name says. Raises UserError where it cannot be read or ends early."""
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        self.path, self.problem = path, ""
         try:
             self.raw = path.open("rb")
         except OSError as e:
@@ -35,15 +35,20 @@ class Stream:
         return self.raw.tell()
 
     def read(self, n: int) -> bytes:
-        """Returns up to n bytes; b"" at the end."""
+        """Returns n bytes, fewer before the end or what cannot be read, which the next call tells; b"" at the end."""
+        held = bytearray()
         try:
-            return self.file.read(n)
+            while not self.problem and len(held) < n and (chunk := self.file.read1(n - len(held))):
+                held += chunk
         except EOFError:
-            raise UserError(f"{self.path}: ends early: the file is truncated") from None
+            self.problem = f"{self.path}: ends early: the file is truncated"
         except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
-            raise UserError(f"{self.path}: damaged, or not a {self.path.suffix} file: {e}") from None
+            self.problem = f"{self.path}: damaged, or not a {self.path.suffix} file: {e}"
         except OSError as e:
-            raise UserError(f"{self.path}: cannot be read: {e.strerror}") from None
+            self.problem = f"{self.path}: cannot be read: {e.strerror}"
+        if self.problem and not held:
+            raise UserError(self.problem)
+        return bytes(held)
 
     def read_start(self, n: int) -> bytes:
         """Returns the first bytes, without a byte order mark; raises UserError for text that is not UTF-8 as a whole."""
@@ -54,14 +59,17 @@ class Stream:
 
 
 class ZstdFile:
-    """Reads Zstandard frames; unlike the library's own reader it notices a file that ends inside a frame."""
+    """Reads Zstandard frames; unlike the library's own reader it notices a file that ends inside a frame.
+
+    Of a frame that was cut, whole blocks are had (of up to 128 KiB of text), so up to one is lost.
+    """
 
     def __init__(self, raw):
         self.raw, self.ready, self.inside, self.ahead = raw, b"", False, b""
         self.frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # archives written with --long=31
         self.frame = self.frames.decompressobj()
 
-    def read(self, n: int) -> bytes:
+    def read1(self, n: int) -> bytes:
         while not self.ready:
             packed = self.ahead or self.raw.read(1 << 14)  # little: a frame of zeros grows 30,000-fold
             if not packed:

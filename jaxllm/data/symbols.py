@@ -6,6 +6,7 @@ everything that is a letter somewhere.
 """
 
 import functools
+import itertools
 import re
 import unicodedata
 
@@ -17,12 +18,16 @@ FLAG = re.compile("[\U0001f1e6-\U0001f1ff]{2}")
 ONE = f"(?:[\U0001f1e6-\U0001f1ff]{{2}}|[{PICTURES}][{MODIFIERS}]*(?:\u200d[{PICTURES}\u2190-\u21ff][{MODIFIERS}]*)*)"
 PICTURE = re.compile(ONE)
 RUN = re.compile(f"{ONE}(?:[ \u00a0]?{ONE})*[{MODIFIERS}]*")
+STARS = "★☆⭐"
+FENCE = re.compile("(?m)^(`{3,4})[^\n]*$")
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?:(?: {4}|\t)[^\n]*(?:\n|\Z))+")
 KEYCAP = re.compile("([0-9#*])\ufe0f?\u20e3")
 SHORTER = {
     "❤": "heart", "♥": "heart", "♡": "heart", "☺": "smiling face", "☹": "frowning face", "☀": "sun", "★": "star", "☆": "star",
     "⭐": "star", "✓": "check mark", "✔": "check mark", "✅": "check mark", "☑": "check mark", "✗": "cross mark",
     "✘": "cross mark", "✖": "cross mark", "❌": "cross mark", "☎": "telephone", "✆": "telephone", "✉": "envelope",
     "✂": "scissors", "✈": "airplane", "🎉": "party popper", "👍": "thumbs up", "👎": "thumbs down",
+    "♯": "sharp", "♭": "flat", "♮": "natural",
     "🤣": "rolling on the floor laughing", "💩": "pile of poo",
 }
 DRAWING = re.compile(r"\b(?:black|white|heavy|sign|symbol|emoji component)\b")
@@ -41,19 +46,60 @@ def words_of(picture: str) -> str:
 def to_words(text: str, *, remove: bool = False) -> tuple[str, dict[str, int]]:
     """Returns the text with its pictures as words (or without them), and how often each was there.
 
-    A row of the same picture is said once. Spaces are put where a word would touch another.
+    A row of the same picture is said once, a row of stars is counted. Spaces are put where a word would touch another. Code,
+    fenced or indented, keeps its pictures, and so does all text those that this Python's tables do not name.
     """
     counts: dict[str, int] = {}
 
     def said(found: re.Match) -> str:
-        words = [words_of(picture) for picture in PICTURE.findall(found[0])]
+        signs = PICTURE.findall(found[0])
+        words = [words_of(sign) for sign in signs]
         for word in words:
             counts[word or "unnamed"] = counts.get(word or "unnamed", 0) + 1
-        told = "" if remove else " ".join(w for i, w in enumerate(words) if w and (i == 0 or w != words[i - 1]))
-        before, after = text[found.start() - 1:found.start()], text[found.end():found.end() + 1]
+        if not remove and not any(words):
+            return found[0]
+        told = "" if remove else row_of(signs)
+        before, after = found.string[found.start() - 1:found.start()], found.string[found.end():found.end() + 1]
         if not told:
             return " " if before.isalnum() and after.isalnum() else ""
         return (" " if before.isalnum() or before in tuple(".,!?:;)") else "") + told + (" " if after.isalnum() else "")
 
-    text = KEYCAP.sub(r"\1", text) if "\u20e3" in text else text
-    return RUN.sub(said, text), counts
+    def in_prose(prose: str) -> str:
+        return RUN.sub(said, KEYCAP.sub(r"\1", prose) if "\u20e3" in prose else prose)
+
+    out, at = [], 0
+    for start, end in code_spans(text):
+        out += [in_prose(text[at:start]), text[start:end]]
+        at = end
+    return "".join(out) + in_prose(text[at:]), counts
+
+
+def row_of(signs: list[str]) -> str:
+    """Returns the words for pictures in a row: "3 of 5 stars", "party popper thumbs up"."""
+    told: list[str] = []
+    for stars, group in itertools.groupby(signs, key=lambda sign: sign[0] in STARS):
+        row = list(group)
+        n, empty = len(row), sum(sign[0] == "☆" for sign in row)
+        if stars and n > 1 and empty < n:
+            told.append(f"{n - empty} of {n} stars" if empty else f"{n} stars")
+        else:
+            told += [words_of(sign) or sign for sign in row]
+    return " ".join(w for i, w in enumerate(told) if i == 0 or w != told[i - 1])
+
+
+def code_spans(text: str) -> list[tuple[int, int]]:
+    """Returns where code begins and ends: between ``` lines, and indented after an empty line, in order."""
+    spans, opened = [], None
+    for line in FENCE.finditer(text) if "```" in text else ():
+        if opened is None:
+            opened = line
+        elif line[0].rstrip() == opened[1]:
+            spans.append((opened.start(), line.end()))
+            opened = None
+    if "\n\n    " in text or "\n\n\t" in text or text[:1] in ("\t", " "):
+        fenced, at = spans, 0
+        spans = []
+        for start, end in [*fenced, (len(text), len(text))]:
+            spans += [found.span() for found in INDENTED.finditer(text, at, start)] + [(start, end)]
+            at = end
+    return spans

@@ -109,7 +109,8 @@ def lengths(found: dict) -> str:
                        f'{bins[low + i]:,} characters or more: {c:,}</title></rect>' for i, c in enumerate(counts))
         every = max(n // 6, 1)
         ticks = "".join(f'<text x="{i * step:.1f}" y="{height + 16}" font-size="11" fill="var(--muted)">'
-                        f"{short(bins[low + i])}</text>" for i in range(0, n, every))
+                        f"{label}</text>" for i in range(0, n, every)
+                        if i * step + 8 * len(label := short(bins[low + i])) <= width)  # a digit is narrower than 8
         out.append(f'<figure class="card"><figcaption>{title}<span>documents by characters</span></figcaption>'
                    f'<svg viewBox="0 -4 {width} {height + 28}">{bars}{ticks}</svg></figure>')
     return "\n".join([*out, "</div>"])
@@ -154,7 +155,8 @@ def decided(found: dict) -> str:
 def before_after(pairs: list[dict]) -> str:
     if not pairs:
         return ""
-    out = ["<h2>Before and after</h2>"]
+    out = ["<h2>Before and after</h2>",
+           '<p class="quiet">Personal data is masked on both sides, as the settings of privacy say.</p>']
     for i, one in enumerate(pairs):
         texts = "".join(f'<div class="text">{esc(one[side])}</div>' for side in ("before", "after"))
         out.append(folded(f"{one['source']}: {one['id']}", f'<div class="two">{texts}</div>', "pairs", open_=i == 0))
