@@ -7,6 +7,7 @@ import pickle
 
 from jaxllm.data.clean import Clean
 from jaxllm.data.decontaminate import Decontaminate, build_index
+from jaxllm.data.document import Document
 from jaxllm.data.extract import Extract
 from jaxllm.data.filters import Filters
 from jaxllm.data.harm import Harm
@@ -29,12 +30,18 @@ def prepared(cfg, folder: str) -> dict[str, list]:
     if not path.is_file():
         with writing(path):
             part = path.with_suffix(".part")
-            part.write_bytes(pickle.dumps(build_index(cfg.decontaminate)))
+            part.write_bytes(pickle.dumps(build_index(cfg.decontaminate, functools.partial(_cleaned, Clean(cfg.clean)))))
             part.replace(path)
     per_document(cfg, folder)
     index = _index(folder)
     return {"evaluation items": [{"task": task, "looked for": n, "too short to look for": index.too_short.get(task, 0)}
                                  for task, n in index.looked_for.items()]}
+
+
+def _cleaned(clean: Clean, text: str) -> str:
+    doc = Document("", "", text, {}, {})
+    clean(doc)
+    return doc.text
 
 
 @functools.lru_cache(1)
@@ -45,14 +52,14 @@ def _index(folder: str):
 def per_document(cfg, folder: str) -> list:
     """Returns the stages that look at one document, built for this process."""
     stages = [Extract(cfg.extract), Clean(cfg.clean)]
+    if cfg.decontaminate.folder:  # before anything cuts lines or masks words of an item
+        stages.append(Decontaminate(cfg.decontaminate, _index(folder)))
     if cfg.language.use:
         stages.append(Language(cfg.language))
     stages.append(Filters(cfg.filter))
     if cfg.harm.use:
         stages.append(Harm(cfg.harm))
     stages.append(Privacy(cfg.privacy))
-    if cfg.decontaminate.folder:
-        stages.append(Decontaminate(cfg.decontaminate, _index(folder)))
     if cfg.homographs.treatment != "none":
         stages.append(Homographs(cfg.homographs))
     return stages
