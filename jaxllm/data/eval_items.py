@@ -71,11 +71,10 @@ def items(path: pathlib.Path) -> Iterator[list[str]]:
 
 
 def looked_for(texts: list[tuple[str, int]], min_words: int, long_words: int) -> list[int]:
-    """Returns which of an item's texts, each with its number of words, are looked for by themselves: the longest, the first
-    one and every question from `min_words` on, any other from `long_words` on; no bare address of a page."""
+    """Returns which of an item's texts, each with its number of words, are looked for by themselves: the first one and every
+    question from `min_words` on, any other from `long_words` on; no bare address of a page."""
     enough = [i for i, (text, n) in enumerate(texts) if n >= min_words and not (text.startswith("http") and " " not in text)]
-    longest = max(enough, key=lambda i: texts[i][1], default=None)
-    return [i for i in enough if i in (longest, enough[0]) or texts[i][1] >= long_words or texts[i][0].rstrip().endswith(ASKS)]
+    return [i for i in enough if i == enough[0] or texts[i][1] >= long_words or texts[i][0].rstrip().endswith(ASKS)]
 
 
 def strings(value) -> list[str]:
