@@ -200,3 +200,30 @@ def test_a_source_of_which_nothing_is_left_stops_and_names_the_rule(tmp_path):
     write(tmp_path / "raw" / "a.txt", b"\0" * 100)
     with pytest.raises(RunError, match=r"every document of source web was removed \(read.binary 100%\)"):
         pipeline.main(settings(tmp_path / "raw", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("key", "value", "says"), [
+    ("decontaminate.folder", "nowhere", "no such folder"), ("filter.lists.words", "[nowhere]", "nowhere"),
+    ("dedup.earlier", "[nope]", "has no signatures.json"), ("run.dir", "{raw}", "run.dir=.*(lies in|holds) sources.web.path"),
+    ("run.dir", "{raw}/inside", "lies in sources.web.path"), ("run.dir", "{raw}/..", "holds sources.web.path"),
+    ("sources.web.path", "{out}", "run.dir=.*(lies in|holds) sources.web.path"), ("dedup.earlier", "[{out}]", "run.dir=.* dedup.earlier"),
+])
+def test_overwrite_deletes_nothing_before_all_is_checked(key, value, says, tmp_path):
+    raw_folder, out = tmp_path / "a" / "raw", tmp_path / "out"
+    write(raw_folder / "a.txt", prose(random.Random(0)).encode())
+    pipeline.main(settings(raw_folder, out))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    more = {"run.overwrite": "true", key: value.format(raw=raw_folder, out=out)}
+    with pytest.raises(UserError, match=says):
+        pipeline.main(settings(raw_folder, out, **more))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_corrected_command_goes_on(tmp_path):
+    """A mistake that can be known before the work leaves nothing behind that would refuse the right command."""
+    write(tmp_path / "raw" / "a.txt", prose(random.Random(0)).encode())
+    for more in ({"mix.method": "weights", "mix.weights.nope": 2}, {"dedup.earlier": "[nope]"}):
+        with pytest.raises(UserError, match="nope"):
+            pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **more))
+        assert not (tmp_path / "out").exists()
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out"))

@@ -8,7 +8,7 @@ import re
 import pytest
 from planted import document, vocabulary
 
-from jaxllm.data import eval_items
+from jaxllm.data import eval_items, units
 from jaxllm.data.decontaminate import Decontaminate, DecontaminateConfig, build_index
 from jaxllm.data.document import Document
 from jaxllm.errors import UserError
@@ -133,6 +133,18 @@ def test_variants_of_one_text_are_all_found(tmp_path):
     assert all(found)
 
 
+def test_questions_shorter_than_their_answers_are_found(tmp_path):
+    """Any question of `min_words`, alone; labels, short answers and addresses alone are not; an item of short texts is, whole."""
+    item = {"kind": "an ordinary label", "question": "Which of the nine old harbours freezes first?",
+            "answers": ["It is the one that lies farthest from all warm currents of the western sea, as sailors have long known.",
+                        "no harbour freezes"], "source": "https://example.org/a/b/c/which-harbour-is-it-that-freezes"}
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, (item, {"q": "Largest moon?", "a": ["Ganymede moon", "Titan"]}))))
+    stage = Decontaminate(DecontaminateConfig(folder=str(tmp_path)))
+    for text, there in ((item["question"], True), (item["answers"][0], True), ("Largest moon?\n(A) Ganymede moon\n(B) Titan", False),
+                        ("Largest moon?\nGanymede moon\nTitan", True), (item["source"], False), (item["answers"][1], False)):
+        assert bool(stage.find(f"Before it stands this. {text} And this after it.")) == there, text
+
+
 def test_short_items_have_to_be_more_alike(tmp_path):
     (tmp_path / "t.csv").write_text('"Which moon, of all, is largest?",Ganymede\ntoo short,x\n')
     index = build_index(DecontaminateConfig(folder=str(tmp_path)))
@@ -192,12 +204,17 @@ def test_real_evaluation_sets(shared_data):
     with gzip.open(shared_data / "c4_wiki_sample" / "c4_demo.jsonl.gz", "rt", encoding="utf-8") as file:
         pages = [json.loads(line)["text"] for line in file]
     assert sum(bool(stage.find(page)) for page in pages) <= 0.01 * len(pages)
-    for kind in ("verbatim", *KINDS):
-        chosen = [i for i in pick.sample(range(len(stage.index.text)), 300) if kind == "verbatim" or stage.index.words[i] >= cfg.long_words]
+    shown = [text for name, path in eval_items.files(cfg.folder, "k") if name in stage.index.looked_for
+             for texts in eval_items.items(path) for text in ("\n".join(texts), *(t for t in texts if t.rstrip().endswith("?")))]
+    for text in pick.sample([text for text in shown if len(units.units(text).hash_W) >= cfg.min_words], 600):
+        page = pick.choice(pages)
+        assert stage.find(page[:500] + "\n" + text + "\n" + page[500:]), text
+    for kind in KINDS:
+        chosen = [i for i in pick.sample(range(len(stage.index.text)), 300) if stage.index.words[i] >= cfg.long_words]
         found = 0
         for i in chosen:
             item = stage.index.text[i]
             item = edited(item, kind, pick) if kind in KINDS and re.search(r"\s", item) else item
             page = pick.choice(pages)
             found += bool(stage.find(page[:500] + "\n" + item + "\n" + page[500:]))
-        assert found >= (len(chosen) if kind == "verbatim" else 0.95 * len(chosen)), kind
+        assert found >= 0.95 * len(chosen), kind

@@ -10,7 +10,21 @@ import sys
 import time
 
 import pytest
-from raw_corpus import INPUTS, LONG, NOTICE, ROOT, UNIT_BYTES, command, hashes, kept_of, manifest, removed_of, run, settings
+from raw_corpus import (
+    INPUTS,
+    LONG,
+    NOTICE,
+    ROOT,
+    UNIT_BYTES,
+    command,
+    hashes,
+    kept_of,
+    manifest,
+    prose,
+    removed_of,
+    run,
+    settings,
+)
 
 from jaxllm.data import pipeline, raw
 from jaxllm.errors import RunError, UserError
@@ -67,6 +81,24 @@ def test_every_stage_does_its_part(everything, tmp_path):
     assert found["totals"]["documents"] == len(kept)
     assert {row["name"] for row in found["decided"]["mixture"]} >= {"web", "other", "notes"}
     assert sum(row["documents"] for row in found["rules"]) == len(removed)
+
+
+def test_items_are_found_before_their_lines_are_cut_masked_or_repaired(tmp_path):
+    """With the default filters, every document that holds an item as it stands goes for that."""
+    rng = random.Random(5)
+    items = ["If today is the fifth of May, which day was it a week ago?\n(A) 04/28/2019\n(B) 06/19/2019\n(C) 05/12/2019",
+             "Write to anna.schmidt@example.org or to 192.168.100.14 and ask, please?",
+             "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in "Which of the lakes freezes last in the year?"),
+             "Who built the schÃ¶nste bridge of MÃ¼nchen, and when was that?", "{ the answer } lies in brackets {}, does it not?"]
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "quiz.jsonl").write_text("\n".join(json.dumps({"input": item, "target": "(A)"}) for item in items))
+    (tmp_path / "raw").mkdir()
+    lines = [json.dumps({"text": f"{prose(rng)}\n{text}\n{prose(rng)}"}) for text in [*items, "", "", ""]]
+    (tmp_path / "raw" / "a.jsonl").write_text("\n".join(lines))
+    config = settings(tmp_path / "raw", tmp_path / "out", **{"decontaminate.folder": tmp_path / "sets"})
+    pipeline.main(config)
+    gone = [row["rule"] for row in removed_of(tmp_path / "out") if row["stage"] == "decontaminate"]
+    assert gone == ["quiz"] * len(items)
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])

@@ -37,11 +37,12 @@ class MapUnits:
 
     def begin(self) -> None:
         """Makes the folder in which the tasks work; once, before they start."""
-        cfg, _, folder, plan = self.load()
+        cfg, files, folder, plan = self.load()
         if pipeline.finished_before(folder, cfg, plan):
             return
+        index = pipeline.checked(pipeline.seeded(cfg), files, folder, plan)
         with pipeline.claimed(folder):
-            pipeline.start(pipeline.seeded(cfg), folder, plan)
+            pipeline.start(folder, plan, index)
 
     def __call__(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         cfg, files, folder, plan = self.load()

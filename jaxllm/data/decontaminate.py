@@ -7,6 +7,7 @@
    and digits alone, case apart.
    From `similarity` on, the item is there. A seed never counts alone.
 3. A short item has to be more alike: `short_similarity`. One of fewer than `min_words` words is not looked for.
+4. Items go through the same repairs as documents (`clean`), and are looked for as they stand, too.
 
 What a fifth of a task's items begin or end with ("Question:", "Answer:", instructions) is not part of them.
 
@@ -16,6 +17,7 @@ W words of a document, S seeds, H places where a document has a seed
 import fnmatch
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,15 +84,15 @@ class Index:
         self.count_S = ends[np.cumsum(last_S) - last_S] - np.arange(len(last_S))
 
 
-def build_index(cfg: DecontaminateConfig) -> Index:
-    """Returns the index of the folder's items. Raises UserError where there is none to look for."""
+def build_index(cfg: DecontaminateConfig, clean: Callable[[str], str] | None = None) -> Index:
+    """Returns the index of the folder's items, and of what `clean` makes of them. Raises UserError where there is none."""
     text, task, looked_for, too_short, hash_WN = [], [], Counter(), Counter(), []
     found = [(name, path) for name, path in eval_items.files(cfg.folder, "decontaminate.folder")
              if any(fnmatch.fnmatch(name, pattern) for pattern in cfg.tasks)]
     if not found:
         raise UserError(f"decontaminate.tasks={list(cfg.tasks)}: no file in {cfg.folder} has such a name")
     for name, path in found:
-        bodies, skipped = _bodies(eval_items.items(path), cfg)
+        bodies, skipped = _bodies(eval_items.items(path), cfg, clean)
         hash_WN += [hash_W for _, hash_W in bodies]
         text += [body for body, _ in bodies]
         task += [name] * len(bodies)
@@ -103,18 +105,26 @@ def build_index(cfg: DecontaminateConfig) -> Index:
     return Index(hash_S, item_S, place_S, text, task, words, seeds, dict(looked_for), dict(too_short))
 
 
-def _bodies(all_items, cfg: DecontaminateConfig) -> tuple[list[tuple[str, np.ndarray]], int]:
-    """Returns each different item's text without its template and the hashes of its words, and how many are too short."""
+def _bodies(all_items, cfg: DecontaminateConfig, clean=None) -> tuple[list[tuple[str, np.ndarray]], int]:
+    """Returns each different text that is looked for, without its template, and the hashes of its words, and how many items
+    are too short."""
     chosen, skipped, all_items = {}, 0, list(all_items)
+    if clean:
+        changed = ([new for text in texts if not text.isascii() and (new := clean(text)) != text] for texts in all_items)
+        all_items += [texts for texts in changed if texts]
     words_of_each = iter(units.units_of_each([text for texts in all_items for text in texts]))
     for texts in all_items:
-        each = sorted(((text, next(words_of_each)) for text in texts), key=lambda pair: -len(pair[1].hash_W))
-        some = [pair for pair in each if len(pair[1].hash_W) >= (cfg.min_words if pair is each[0] else eval_items.LONG)]
+        each = [(text, next(words_of_each)) for text in texts]
+        some = eval_items.looked_for([(text, len(words.hash_W)) for text, words in each], cfg.min_words, cfg.long_words)
+        some = [each[i] for i in some]
+        if not some:  # together they may be long enough
+            (words,) = units.units_of_each([whole := "\n".join(texts)])
+            some = [(whole, words)] if len(words.hash_W) >= cfg.min_words else []
         skipped += not some
         chosen |= {words.hash_W.tobytes(): (text, words) for text, words in some}
     edge = np.full(SEED - 1, units.ROOT, np.uint64)  # so that one word alone can be what items begin or end with
     grams = [units.windows(np.concatenate([edge, words.hash_W, edge]), SEED) for _, words in chosen.values()]
-    template = _shared_by(grams) > max(10, TEMPLATE * len(grams))
+    template = _shared_by(grams) > max(10, TEMPLATE * min(len(grams), len(all_items)))
     bodies, at = [], 0
     for (text, (hash_W, start_W, end_W)), gram in zip(chosen.values(), grams, strict=True):
         own = np.flatnonzero(~template[at : at + len(gram)])

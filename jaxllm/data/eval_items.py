@@ -5,8 +5,8 @@
     .tsv, .csv          an item a row
     .txt                an item a line
 
-each also with .gz or .zst. The task's name is the path within the folder without these endings. Of an item of several texts
-the longest counts, and every other of at least LONG words: neither labels nor short answers.
+each also with .gz or .zst. The task's name is the path within the folder without these endings. Which texts of an item are
+looked for: see `looked_for`. Labels and short answers are not.
 """
 
 import csv
@@ -19,7 +19,7 @@ from jaxllm.data.streams import BOM, Stream
 from jaxllm.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".tsv", ".csv", ".txt")
-LONG = 13  # words; the length from which Brown et al. 2020 (GPT-3) take an overlap for no accident
+ASKS = ("?", "\uff1f", "\u061f", ":")  # what questions end with; Chinese and Arabic ones, too
 
 
 def task_name(path: pathlib.Path, folder: pathlib.Path) -> str | None:
@@ -68,6 +68,13 @@ def items(path: pathlib.Path) -> Iterator[list[str]]:
             raise UserError(f"{path}: not valid CSV: {e}") from None
     else:
         yield from ([line] for line in text.splitlines() if line.strip())
+
+
+def looked_for(texts: list[tuple[str, int]], min_words: int, long_words: int) -> list[int]:
+    """Returns which of an item's texts, each with its number of words, are looked for by themselves: the first one and every
+    question from `min_words` on, any other from `long_words` on; no bare address of a page."""
+    enough = [i for i, (text, n) in enumerate(texts) if n >= min_words and not (text.startswith("http") and " " not in text)]
+    return [i for i in enough if i == enough[0] or texts[i][1] >= long_words or texts[i][0].rstrip().endswith(ASKS)]
 
 
 def strings(value) -> list[str]:

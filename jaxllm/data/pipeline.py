@@ -21,14 +21,14 @@ import threading
 import time
 
 from jaxllm import config
-from jaxllm.data import account, outputs, overall
+from jaxllm.data import account, mixture, outputs, overall, stages
 from jaxllm.data.classifier import ready
 from jaxllm.data.map_unit import Worker
 from jaxllm.data.pipeline_config import DataVerb
 from jaxllm.data.processes import in_order, n_cores
 from jaxllm.data.progress import Progress
 from jaxllm.data.raw import find_files, units
-from jaxllm.data.stages import prepared
+from jaxllm.data.signatures import load_earlier
 from jaxllm.data.unit_files import read_index, write_whole
 from jaxllm.errors import RunError, Stopped, UserError, writing
 
@@ -42,17 +42,14 @@ def main(cfg: DataVerb) -> dict:
         raise UserError("sources is empty; should hold a name and a path, e.g. --sources.web.path=pages/")
     files = {name: find_files(s.path, f"sources.{name}.path") for name, s in cfg.sources.items()}
     folder, plan = pathlib.Path(cfg.run.dir).expanduser(), plan_of(cfg, files)
-    for name, source in cfg.sources.items():
-        given = pathlib.Path(source.path).expanduser().resolve()
-        if given.is_dir() and folder.resolve().is_relative_to(given):
-            raise UserError(f"run.dir={cfg.run.dir}: lies in sources.{name}.path={source.path}, so its files would be read; "
-                            "give a folder outside")
+    _check_apart(cfg, files, folder)
     cfg = seeded(cfg)
     if finished := finished_before(folder, cfg, plan):
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
         return finished
+    index = checked(cfg, files, folder, plan)
     with claimed(folder), stopping(folder):
-        work, tables = start(cfg, folder, plan)
+        work, tables = start(folder, plan, index)
         n_units = map_all(cfg, files, work)
         _check_something_left(work, n_units, cfg)
         found = overall.catalogue(str(work), n_units, list(cfg.sources))
@@ -66,12 +63,39 @@ def main(cfg: DataVerb) -> dict:
     return manifest["totals"] | {"folder": str(folder)}
 
 
-def start(cfg: DataVerb, folder: pathlib.Path, plan: dict) -> tuple[pathlib.Path, dict]:
-    """Makes the work folder, and in it what is made once for all workers; returns it, and tables for the report."""
-    begin(folder / "work", plan)
+def checked(cfg: DataVerb, files: dict, folder: pathlib.Path, plan: dict):
+    """Raises UserError for every mistake that can be known before the work; returns the index of evaluation items, if any.
+
+    Nothing of the folder is written or deleted yet.
+    """
+    _check_apart(cfg, files, folder)
+    if cfg.dedup.use:
+        load_earlier(cfg.dedup)
+    if cfg.mix.by == "source":
+        mixture.check_names("mix.weights", cfg.mix.weights, list(cfg.sources))
     for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
         ready(group, f"{name}.classifier")
-    return folder / "work", prepared(cfg, str(folder / "work"))
+    work = folder / "work"
+    return stages.checked(cfg, str(work) if _begun(work, plan) else "")
+
+
+def _check_apart(cfg: DataVerb, files: dict, folder: pathlib.Path) -> None:
+    """Raises UserError where the run would read what it writes, or delete what it reads."""
+    out = folder.resolve()
+    read = [(f"sources.{name}.path", s.path, files[name][1]) for name, s in cfg.sources.items()]
+    read += [(key, path, [path]) for key, path in named_files(config.to_dict(cfg)) if not key.endswith("classifier.path")]
+    for key, path, inner in read:
+        given = pathlib.Path(path).expanduser().resolve()
+        if given.is_dir() and out.is_relative_to(given):
+            raise UserError(f"run.dir={cfg.run.dir}: lies in {key}={path}, so its files would be read; give a folder outside")
+        if any(pathlib.Path(p).expanduser().resolve().is_relative_to(out) for p in inner):
+            raise UserError(f"run.dir={cfg.run.dir}: holds {key}={path}, which it would overwrite; give another folder")
+
+
+def start(folder: pathlib.Path, plan: dict, index) -> tuple[pathlib.Path, dict]:
+    """Makes the work folder, and in it what is made once for all workers; returns it, and tables for the report."""
+    begin(folder / "work", plan)
+    return folder / "work", stages.prepared(str(folder / "work"), index)
 
 
 def say(line: str) -> None:
@@ -182,10 +206,14 @@ def stopping(folder: pathlib.Path):
             signal.signal(number, handler)
 
 
+def _begun(work: pathlib.Path, plan: dict) -> bool:
+    return (work / "plan.json").is_file() and json.loads((work / "plan.json").read_text(encoding="utf-8")) == plan
+
+
 def begin(work: pathlib.Path, plan: dict) -> None:
     """Makes the work folder, or keeps what an earlier start of the same plan has done."""
     note, folder = work / "plan.json", work.parent
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == plan:
+    if _begun(work, plan):
         return
     with writing(folder):
         for name in (*outputs.PUBLISHED, "work"):  # overwritten
