@@ -230,3 +230,11 @@ def test_globs_of_every_kind(pattern, tmp_path):
     write(tmp_path / "raw" / "a4.jsonl", json.dumps({"text": prose(random.Random(0))}).encode())
     pipeline.main(settings(tmp_path / "raw" / pattern, tmp_path / "out"))
     assert len(kept_of(tmp_path / "out")) == 1
+
+
+def test_an_empty_source_beside_a_full_one_is_told_before_the_work(tmp_path):
+    write(tmp_path / "raw" / "a.txt", prose(random.Random(0)).encode())
+    write(tmp_path / "empty" / "a.jsonl", b"")
+    with pytest.raises(UserError, match=r"sources.two.path=.*: its files are empty"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **{"sources.two.path": tmp_path / "empty"}))
+    assert not (tmp_path / "out").exists()

@@ -69,6 +69,9 @@ def checked(cfg: DataVerb, files: dict, folder: pathlib.Path, plan: dict):
     Nothing of the folder is written or deleted yet.
     """
     _check_apart(cfg, files, folder)
+    for name, (_, paths) in files.items():
+        if not any(path.stat().st_size for path in paths):
+            raise UserError(f"sources.{name}.path={cfg.sources[name].path}: its files are empty; take the source out")
     if cfg.dedup.use:
         load_earlier(cfg.dedup)
     if cfg.mix.by == "source":
