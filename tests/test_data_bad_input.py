@@ -227,3 +227,48 @@ def test_a_corrected_command_goes_on(tmp_path):
             pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **more))
         assert not (tmp_path / "out").exists()
     pipeline.main(settings(tmp_path / "raw", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("key", "value", "says"), [
+    ("workers", -3, "workers=-3: should be"), ("output.samples", -5, "output.samples=-5: should be"),
+    ("filter.gopher.min_words", -5, "gopher.min_words=-5: should be"), ("filter.fineweb.short_line", -5, "short_line=-5: should be"),
+    ("filter.c4.min_line_words", -5, "c4.min_line_words=-5: should be"), ("filter.classifier.min_score", 7, "min_score=7.*: should be"),
+    ("sources.web.path", "", "path of a source is empty"), ("homographs.terms", "{folder}/terms.csv", "homographs.terms: source.nope"),
+    ("mix.quality_edges", "[0.5]", "the documents have no quality"),
+])
+def test_settings_that_do_nothing_are_one_line(key, value, says, tmp_path):
+    write(tmp_path / "raw" / "a.txt", prose(random.Random(0)).encode())
+    write(tmp_path / "terms.csv", b"word,source,replacement\nbank,nope,shore\n")
+    more = {key: str(value).format(folder=tmp_path)}
+    more |= {"homographs.treatment": "terms"} if key == "homographs.terms" else {}
+    more |= {"mix.quality_factors": "[1,2]"} if key == "mix.quality_edges" else {}
+    with pytest.raises(UserError, match=says):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **more))
+
+
+def test_stops_at_what_cannot_be_read_without_samples(tmp_path):
+    write(tmp_path / "raw" / "a.jsonl", b'not json\n{"text": "one"}\n')
+    with pytest.raises(UserError, match=r"web/a.jsonl#1: not JSON"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **{"read.on_error": "stop", "output.samples": 0}))
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path):
+    write(tmp_path / "raw" / "a.txt", prose(random.Random(0)).encode())
+    write(tmp_path / "out" / "manifest.json", b'{"made_by": ')
+    with pytest.raises(UserError, match=r"manifest.json: cannot be read"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("pattern", ["?4.jsonl", "[ac]4.jsonl"])
+def test_globs_of_every_kind(pattern, tmp_path):
+    write(tmp_path / "raw" / "a4.jsonl", json.dumps({"text": prose(random.Random(0))}).encode())
+    pipeline.main(settings(tmp_path / "raw" / pattern, tmp_path / "out"))
+    assert len(kept_of(tmp_path / "out")) == 1
+
+
+def test_an_empty_source_beside_a_full_one_is_told_before_the_work(tmp_path):
+    write(tmp_path / "raw" / "a.txt", prose(random.Random(0)).encode())
+    write(tmp_path / "empty" / "a.jsonl", b"")
+    with pytest.raises(UserError, match=r"sources.two.path=.*: its files are empty"):
+        pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **{"sources.two.path": tmp_path / "empty"}))
+    assert not (tmp_path / "out").exists()

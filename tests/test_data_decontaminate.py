@@ -135,7 +135,7 @@ def test_variants_of_one_text_are_all_found(tmp_path):
 
 def test_questions_shorter_than_their_answers_are_found(tmp_path):
     """Any question of `min_words`, alone; labels, short answers and addresses alone are not; an item of short texts is, whole."""
-    item = {"kind": "an ordinary label", "question": "Which of the nine old harbours freezes first?",
+    item = {"kind": "an ordinary label", "question": "Which of the nine harbours freezes first?",
             "answers": ["It is the one that lies farthest from all warm currents of the western sea, as sailors have long known.",
                         "no harbour freezes"], "source": "https://example.org/a/b/c/which-harbour-is-it-that-freezes"}
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, (item, {"q": "Largest moon?", "a": ["Ganymede moon", "Titan"]}))))

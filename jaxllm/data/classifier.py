@@ -62,6 +62,10 @@ class ClassifierConfig:
     min_score: float = 0.5  # chance of being a good text; a document of less is dropped
     train: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def __post_init__(self):
+        if not 0 <= self.min_score <= 1:
+            raise ValueError(f"classifier.min_score={self.min_score}: should be in [0, 1]")
+
 
 class Passages(NamedTuple):
     start_P: np.ndarray  # first word

@@ -71,10 +71,11 @@ def items(path: pathlib.Path) -> Iterator[list[str]]:
 
 
 def looked_for(texts: list[tuple[str, int]], min_words: int, long_words: int) -> list[int]:
-    """Returns which of an item's texts, each with its number of words, are looked for by themselves: the first one and every
-    question from `min_words` on, any other from `long_words` on; no bare address of a page."""
+    """Returns which of an item's texts, each with its number of words, are looked for by themselves: every question from
+    `min_words` on (where the item has none, its first text), any other from `long_words` on; no bare address of a page."""
     enough = [i for i, (text, n) in enumerate(texts) if n >= min_words and not (text.startswith("http") and " " not in text)]
-    return [i for i in enough if i == enough[0] or texts[i][1] >= long_words or texts[i][0].rstrip().endswith(ASKS)]
+    asked = {i for i, (text, _) in enumerate(texts) if text.rstrip().endswith(ASKS)} or set(enough[:1])
+    return [i for i in enough if i in asked or texts[i][1] >= long_words]
 
 
 def strings(value) -> list[str]:

@@ -127,7 +127,7 @@ def factors(quality, domain, n: int, cfg: MixConfig) -> np.ndarray:
     """Returns how often each document is wanted beside others of its group."""
     factor_N = np.ones(n)
     if cfg.quality_edges:
-        if quality is None:
+        if quality is None or np.isnan(np.asarray(quality, np.float64)).all():
             raise UserError("mix.quality_edges: the documents have no quality; run a stage that gives one, or leave it out")
         quality_N = np.asarray(quality, np.float64)
         bucket_N = np.digitize(quality_N, cfg.quality_edges)

@@ -21,7 +21,7 @@ import threading
 import time
 
 from jaxllm import config
-from jaxllm.data import account, mixture, outputs, overall, stages
+from jaxllm.data import account, homographs, mixture, outputs, overall, stages
 from jaxllm.data.classifier import ready
 from jaxllm.data.map_unit import Worker
 from jaxllm.data.pipeline_config import DataVerb
@@ -29,7 +29,7 @@ from jaxllm.data.processes import in_order, n_cores
 from jaxllm.data.progress import Progress
 from jaxllm.data.raw import find_files, units
 from jaxllm.data.signatures import load_earlier
-from jaxllm.data.unit_files import read_index, write_whole
+from jaxllm.data.unit_files import read_index, read_lines, unit_folder, write_whole
 from jaxllm.errors import RunError, Stopped, UserError, writing
 
 VERSION = 1  # of what units hold; another one starts anew
@@ -69,10 +69,15 @@ def checked(cfg: DataVerb, files: dict, folder: pathlib.Path, plan: dict):
     Nothing of the folder is written or deleted yet.
     """
     _check_apart(cfg, files, folder)
+    for name, (_, paths) in files.items():
+        if not any(path.stat().st_size for path in paths):
+            raise UserError(f"sources.{name}.path={cfg.sources[name].path}: its files are empty; take the source out")
     if cfg.dedup.use:
         load_earlier(cfg.dedup)
     if cfg.mix.by == "source":
         mixture.check_names("mix.weights", cfg.mix.weights, list(cfg.sources))
+    if cfg.homographs.terms:
+        mixture.check_names("homographs.terms: source", homographs.read_terms(cfg.homographs.terms), list(cfg.sources))
     for name, group in (("filter", cfg.filter.classifier), ("harm", cfg.harm.classifier)):
         ready(group, f"{name}.classifier")
     work = folder / "work"
@@ -152,7 +157,7 @@ def finished_before(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | N
             raise UserError(f"{folder}: run.overwrite=true would delete what no run of jaxllm data has written; "
                             "give another run.dir")
         return None
-    held = next((json.loads(p.read_text(encoding="utf-8")) for p in (begun, manifest) if p.is_file()), None)
+    held = next((_json_of(p) for p in (begun, manifest) if p.is_file()), None)
     if held is None:
         left = {"work"} if _just_begun(folder / "work") else set()
         if folder.is_dir() and any(p.name not in {"run.lock"} | left for p in folder.iterdir()):
@@ -167,6 +172,17 @@ def finished_before(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | N
         raise UserError(f"{folder} holds work with other settings or files ({'; '.join(differ[:5])}): set them back, give "
                         "another run.dir, or --run.overwrite=true to delete it")
     return held.get("totals")
+
+
+def _json_of(path: pathlib.Path) -> dict:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}; give another run.dir, or "
+                        "--run.overwrite=true to delete it") from None
+    if not isinstance(held, dict):
+        raise UserError(f"{path}: holds no JSON object; give another run.dir, or --run.overwrite=true to delete it")
+    return held
 
 
 def _just_begun(work: pathlib.Path) -> bool:
@@ -207,7 +223,10 @@ def stopping(folder: pathlib.Path):
 
 
 def _begun(work: pathlib.Path, plan: dict) -> bool:
-    return (work / "plan.json").is_file() and json.loads((work / "plan.json").read_text(encoding="utf-8")) == plan
+    try:
+        return json.loads((work / "plan.json").read_text(encoding="utf-8")) == plan
+    except (OSError, ValueError):
+        return False
 
 
 def begin(work: pathlib.Path, plan: dict) -> None:
@@ -237,7 +256,7 @@ def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
         n, documents = number, documents + count
         progress.show(positions.pop(number), f"{documents:,} documents")
         if cfg.read.on_error == "stop":
-            _stop_at_unreadable(read_index(work, number, "shown"))
+            _stop_at_unreadable(work, number)
         if not kept:
             kept += read_index(work, number)["left"]
             if not kept and documents >= EARLY:
@@ -249,10 +268,11 @@ def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
     return n + 1
 
 
-def _stop_at_unreadable(shown: dict) -> None:
-    for rule, found in shown["samples"].items():
-        if rule.startswith("read\t") and rule != "read\tempty":
-            raise UserError(f"{found[0]['path']}: {found[0]['value']} (read.on_error=count removes it and goes on)")
+def _stop_at_unreadable(work: pathlib.Path, number: int) -> None:
+    if any(rule.startswith("read\t") and rule != "read\tempty" for rule in read_index(work, number)["rules"]):
+        found = next(row for row in read_lines(unit_folder(work, number) / "removed.jsonl.zst")
+                     if row["stage"] == "read" and row["rule"] != "empty")
+        raise UserError(f"{found['path']}: {found['value']} (read.on_error=count removes it and goes on)")
 
 
 def _check_something_left(work: pathlib.Path, n_units: int, cfg: DataVerb) -> None:

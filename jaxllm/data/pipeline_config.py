@@ -41,6 +41,10 @@ class OutputConfig:
     format: Literal["jsonl", "parquet"] = "jsonl"  # of documents/: part-*.jsonl.zst, or part-*.parquet
     samples: int = 100  # documents of each rule, chosen by a hash of their ids, whose text is kept in removed-text/ for review
 
+    def __post_init__(self):
+        if self.samples < 0:
+            raise ValueError(f"output.samples={self.samples}: should be 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataVerb:
@@ -62,3 +66,7 @@ class DataVerb:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     workers: int = 0  # processes; 0: one a core. The result does not depend on it
+
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: should be 1 or more, or 0 for one a core")

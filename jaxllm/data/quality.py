@@ -56,6 +56,8 @@ class GopherConfig:
         for name in ("max_top_n_grams", "max_duplicate_n_grams"):
             for share in getattr(self, name):
                 _check_share(f"filter.gopher.{name}", share)
+        for name in ("min_words", "max_words", "min_word_length", "max_word_length", "max_symbols", "min_stop_words"):
+            _check_amount(f"filter.gopher.{name}", getattr(self, name))
         if not self.characters_per_word >= 1:
             raise ValueError(f"filter.gopher.characters_per_word={self.characters_per_word}: should be at least 1")
 
@@ -74,6 +76,10 @@ class C4Config:
     curly_bracket: bool = True  # drop documents with "{": turn this off for sources that hold code
     min_sentences: int | None = 3  # of what is left; fewer: dropped
 
+    def __post_init__(self):
+        for name in ("min_line_words", "max_word_length", "min_sentences"):
+            _check_amount(f"filter.c4.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineWebConfig:
@@ -86,11 +92,17 @@ class FineWebConfig:
     def __post_init__(self):
         for name in ("min_ended_lines", "max_duplicate_line_characters", "max_short_lines"):
             _check_share(f"filter.fineweb.{name}", getattr(self, name))
+        _check_amount("filter.fineweb.short_line", self.short_line)
 
 
 def _check_share(key: str, value: float | None) -> None:
     if value is not None and not 0 <= value <= 1:
         raise ValueError(f"{key}={value}: should be in [0, 1], or null for off")
+
+
+def _check_amount(key: str, value: float | None) -> None:
+    if value is not None and not value >= 0:
+        raise ValueError(f"{key}={value}: should be 0 or more")
 
 
 def lines_of(text: str) -> list[str]:

@@ -39,6 +39,8 @@ class RawSource:
     domain: str = ""  # what `mix` may call this source's domain; "": its name
 
     def __post_init__(self):
+        if not self.path.strip():
+            raise ValueError("path of a source is empty: should be a file, a folder or a glob")
         if self.format not in ("auto", "html", "text"):
             raise ValueError(f"format={self.format!r} of source {self.path}: should be auto, html or text")
 
@@ -65,7 +67,14 @@ class Unit(NamedTuple):
 
 def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     """Returns (the folder that names are relative to, the files, sorted); raises UserError when there are none."""
-    given = documents_of(pathlib.Path(path).expanduser(), f"{key}={path}")
+    given = pathlib.Path(path).expanduser()
+    try:
+        given.stat()
+        given = documents_of(given, f"{key}={path}")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as e:
+        raise UserError(f"{key}={path}: cannot be read: {e.strerror}") from None
     if given.is_file():
         if not given.name.lower().endswith(FORMATS):
             raise UserError(f"{key}={path}: unknown kind of file; should end in one of {', '.join(FORMATS)}")
@@ -74,7 +83,8 @@ def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     found = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     files = [p for p in found if p.name.lower().endswith(FORMATS)]
     if files:
-        root = given if given.is_dir() else pathlib.Path(*itertools.takewhile(lambda part: "*" not in part, given.parts))
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)
+        root = given if given.is_dir() else pathlib.Path(*plain)
         return root, files
     if found:
         raise UserError(f"{key}={path}: no file ends in one of {', '.join(FORMATS)}; found e.g. {found[0].name}")
