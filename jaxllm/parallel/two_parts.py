@@ -187,6 +187,12 @@ def _opened(eqn):
     if name in CALLS:
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return (inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())), len(eqn.invars), len(eqn.outvars)
-    if name == "scan" and params["length"] == 1:
-        return params["jaxpr"], params["num_consts"] + params["num_carry"], params["num_carry"]
+    if name == "scan" and params["length"] == 1:  # what has an axis of rounds comes last; jax 0.12 no longer says how many
+        inner = params["jaxpr"]
+        return inner, _alike(eqn.invars, inner.in_avals), _alike(eqn.outvars, inner.out_avals)
     return None
+
+
+def _alike(outer, inner) -> int:
+    """Returns how many variables, from the first on, have as many axes outside of a loop as in it."""
+    return sum(v.aval.ndim == aval.ndim for v, aval in zip(outer, inner, strict=True))
