@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pathlib
 import random
 import resource
@@ -272,3 +273,21 @@ def test_an_empty_source_beside_a_full_one_is_told_before_the_work(tmp_path):
     with pytest.raises(UserError, match=r"sources.two.path=.*: its files are empty"):
         pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **{"sources.two.path": tmp_path / "empty"}))
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_passed_over_are_named(tmp_path, monkeypatch):
+    for name in ("raw/a.txt", "raw/shut/b.txt", "elsewhere/c.txt"):
+        write(tmp_path / name, b"A good document.")
+    write(tmp_path / "raw" / "nothing.jsonl.gz", b"")
+    (tmp_path / "raw" / "link").symlink_to(tmp_path / "elsewhere")
+    scandir = os.scandir
+
+    def refused(path="."):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may read everything
+    pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
+    assert {(row["path"], row["rule"]) for row in removed_of(tmp_path / "out")} == {
+        ("web/link", "a link to a folder"), ("web/shut", "a folder"), ("web/nothing.jsonl.gz", "empty")}

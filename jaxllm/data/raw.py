@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import glob
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     found = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     files = [p for p in found if p.name.lower().endswith(FORMATS)]
     if files:
+        files = sorted(files + (_passed_over(given) if given.is_dir() else []))
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)
         root = given if given.is_dir() else pathlib.Path(*plain)
         return root, files
@@ -93,6 +95,14 @@ def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     there = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
     near = difflib.get_close_matches(given.name, there, 1)
     raise UserError(f"{key}={path}: no such file or folder" + (f"; did you mean {given.parent / near[0]}?" if near else ""))
+
+
+def _passed_over(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders within that may not be read, and the links to folders, which are not followed."""
+    errors: list[OSError] = []
+    links = [link for place, names, _ in os.walk(folder, onerror=errors.append) for name in names
+             if (link := pathlib.Path(place) / name).is_symlink()]
+    return [*links, *(pathlib.Path(e.filename) for e in errors)]
 
 
 def units(sources: dict[str, RawSource], files: dict, max_bytes: int) -> Iterator[Unit]:
@@ -118,6 +128,13 @@ def units(sources: dict[str, RawSource], files: dict, max_bytes: int) -> Iterato
 def _items(path: pathlib.Path, root: pathlib.Path, source: RawSource, max_bytes: int, at: list[int]) -> Iterator[Item]:
     """Yields the documents of a file; of a file that cannot be read to its end, those before and one problem."""
     relative, name = path.relative_to(root).as_posix(), path.name.lower()
+    if path.is_dir():
+        yield Item(relative, 0, "text", None, problem="a link to a folder: not followed" if path.is_symlink() else
+                   "a folder: may not be read")
+        return
+    if not path.stat().st_size and not name.endswith(HTML + TEXT):
+        yield Item(relative, 0, "text", None, problem="empty")
+        return
     default = "html" if name.endswith(HTML + WARC) else "text"
     kind = default if source.format == "auto" else source.format
     if name.endswith(HTML + TEXT):
