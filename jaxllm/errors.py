@@ -1,7 +1,10 @@
 """The three ways a command ends early, each with its exit code. Anything else that is raised is a bug of ours."""
 
 import contextlib
+import difflib
 import errno
+import signal
+import threading
 
 
 class UserError(Exception):
@@ -18,6 +21,30 @@ class RunError(Exception):
 
 class Stopped(Exception):
     """Stopped on request after saving; the same command goes on. Exit code 75."""
+
+
+def nearest(name: str, known) -> str:
+    """Returns what an error says of an unknown name: the nearest known one, or some of them."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"found: {', '.join(sorted(known)[:12]) or 'nothing'}"
+
+
+@contextlib.contextmanager
+def stopping_at_once(where: str = ""):
+    """Makes SIGTERM and SIGINT end the command with exit code 75, where nothing that is done is lost by it."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def stop(number, frame):
+        raise Stopped(f"{where and where + ': '}stopped by {signal.Signals(number).name}; run the same command to go on")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

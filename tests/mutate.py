@@ -319,7 +319,7 @@ FAULTS = [
           "tests/test_data_decontaminate.py -k planted"),
     Fault("templates are part of items", "jaxllm/data/decontaminate.py", "_shared_by(grams) > max(", "_shared_by(grams) < 0 * max(",
           "tests/test_data_decontaminate.py -k cut"),
-    Fault("only an item's longest text is looked for", "jaxllm/data/eval_items.py", "if i in asked or texts[i][1] >= long_words]",
+    Fault("only an item's longest text is looked for", "jaxllm/data/eval_items.py", "if i in asked or texts[i][1] >= OTHER]",
           "if texts[i] == max(texts, key=lambda t: t[1])]",
           "tests/test_data_decontaminate.py -k shorter_than"),
     Fault("items are compared unrepaired", "jaxllm/data/stages.py", "    clean(doc)\n", "", "tests/test_data_pipeline.py -k before_their_lines"),

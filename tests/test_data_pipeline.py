@@ -149,7 +149,7 @@ def test_a_request_to_stop_is_followed_and_the_same_command_goes_on(number, ever
         time.sleep(0.01)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on" in said and "Traceback" not in said, said
+    assert process.returncode == 75 and "run the same command to go on" in said and "Traceback" not in said, said
     assert subprocess.run(words, cwd=ROOT, check=False, stderr=subprocess.DEVNULL).returncode == 0
     assert hashes(tmp_path / "out") == whole
 

@@ -115,7 +115,7 @@ def _bodies(all_items, cfg: DecontaminateConfig, clean=None) -> tuple[list[tuple
     words_of_each = iter(units.units_of_each([text for texts in all_items for text in texts]))
     for texts in all_items:
         each = [(text, next(words_of_each)) for text in texts]
-        some = eval_items.looked_for([(text, len(words.hash_W)) for text, words in each], cfg.min_words, cfg.long_words)
+        some = eval_items.looked_for([(text, len(words.hash_W)) for text, words in each], cfg.min_words)
         some = [each[i] for i in some]
         if not some:  # together they may be long enough
             (words,) = units.units_of_each([whole := "\n".join(texts)])

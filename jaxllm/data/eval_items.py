@@ -70,12 +70,18 @@ def items(path: pathlib.Path) -> Iterator[list[str]]:
         yield from ([line] for line in text.splitlines() if line.strip())
 
 
-def looked_for(texts: list[tuple[str, int]], min_words: int, long_words: int) -> list[int]:
+OTHER = 13  # words of a text that is no question, from which it is looked for (Brown et al. 2020, GPT-3, appendix C)
+
+
+def looked_for(texts: list[tuple[str, int]], min_words: int) -> list[int]:
     """Returns which of an item's texts, each with its number of words, are looked for by themselves: every question from
-    `min_words` on (where the item has none, its first text), any other from `long_words` on; no bare address of a page."""
+    `min_words` on (where the item has none, its first text), any other from `OTHER` on; no bare address of a page.
+
+    Shorter ones are answers, inputs of functions and lines of code, which stand in many places by chance.
+    """
     enough = [i for i, (text, n) in enumerate(texts) if n >= min_words and not (text.startswith("http") and " " not in text)]
     asked = {i for i, (text, _) in enumerate(texts) if text.rstrip().endswith(ASKS)} or set(enough[:1])
-    return [i for i in enough if i in asked or texts[i][1] >= long_words]
+    return [i for i in enough if i in asked or texts[i][1] >= OTHER]
 
 
 def strings(value) -> list[str]:

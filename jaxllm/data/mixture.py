@@ -5,7 +5,6 @@ document's id, so the same documents come out whatever their order, and what is 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import math
@@ -14,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, nearest
 
 # Muennighoff et al. 2023, Scaling data-constrained language models, appendix A: the decay of what a repeat is worth, and the
 # exponent of the data term of the loss
@@ -154,9 +153,7 @@ def index(names, key: str) -> tuple[list[str], np.ndarray]:
 def check_names(key: str, named, known: Sequence[str]) -> None:
     for name in named:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"found: {', '.join(sorted(known)[:12])}"
-            raise UserError(f"{key}.{name}: no document is of it; {hint}")
+            raise UserError(f"{key}.{name}: no document is of it; {nearest(name, known)}")
 
 
 def shares(names: Sequence[str], size_G: np.ndarray, cfg: MixConfig) -> np.ndarray:

@@ -15,9 +15,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-import signal
 import sys
-import threading
 import time
 
 from jaxllm import config
@@ -30,7 +28,7 @@ from jaxllm.data.progress import Progress
 from jaxllm.data.raw import find_files, units
 from jaxllm.data.signatures import load_earlier
 from jaxllm.data.unit_files import read_index, read_lines, unit_folder, write_whole
-from jaxllm.errors import RunError, Stopped, UserError, writing
+from jaxllm.errors import RunError, UserError, stopping_at_once, writing
 
 VERSION = 1  # of what units hold; another one starts anew
 EARLY = 2000  # documents after which a chain that has kept none is stopped
@@ -48,7 +46,7 @@ def main(cfg: DataVerb) -> dict:
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
         return finished
     index = checked(cfg, files, folder, plan)
-    with claimed(folder), stopping(folder):
+    with claimed(folder), stopping_at_once(str(folder)):
         work, tables = start(folder, plan, index)
         n_units = map_all(cfg, files, work)
         _check_something_left(work, n_units, cfg)
@@ -202,24 +200,6 @@ def claimed(folder: pathlib.Path, *, shared: bool = False):
         except OSError:
             raise UserError(f"{folder}: in use by a live run; wait for it, or give another run.dir") from None
         yield
-
-
-@contextlib.contextmanager
-def stopping(folder: pathlib.Path):
-    """Turns a request to stop into Stopped, at once: what is done is on disk."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise Stopped(f"{folder}: stopped by {signal.Signals(number).name}; the same command goes on")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _begun(work: pathlib.Path, plan: dict) -> bool:

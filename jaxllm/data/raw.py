@@ -11,7 +11,6 @@ What cannot be read is an item with a `problem`: counted, named, and the rest go
 """
 
 import dataclasses
-import difflib
 import glob
 import itertools
 import os
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxllm.data.raw_records import json_lines, parquet_rows, warc_pages
-from jaxllm.data.read import documents_of
+from jaxllm.data.read import documents_of, files_at
 from jaxllm.data.streams import Stream
 from jaxllm.errors import UserError
 
@@ -76,25 +75,12 @@ def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
         pass
     except OSError as e:
         raise UserError(f"{key}={path}: cannot be read: {e.strerror}") from None
+    files = files_at(given, FORMATS, f"{key}={path}")
     if given.is_file():
-        if not given.name.lower().endswith(FORMATS):
-            raise UserError(f"{key}={path}: unknown kind of file; should end in one of {', '.join(FORMATS)}")
-        return given.parent, [given]
-    found = given.rglob("*") if given.is_dir() else map(pathlib.Path, glob.glob(str(given), recursive=True))  # noqa: PTH207
-    found = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
-    files = [p for p in found if p.name.lower().endswith(FORMATS)]
-    if files:
-        files = sorted(files + (_passed_over(given) if given.is_dir() else []))
-        plain = itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)
-        root = given if given.is_dir() else pathlib.Path(*plain)
-        return root, files
-    if found:
-        raise UserError(f"{key}={path}: no file ends in one of {', '.join(FORMATS)}; found e.g. {found[0].name}")
+        return given.parent, files
     if given.is_dir():
-        raise UserError(f"{key}={path}: the folder is empty")
-    there = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
-    near = difflib.get_close_matches(given.name, there, 1)
-    raise UserError(f"{key}={path}: no such file or folder" + (f"; did you mean {given.parent / near[0]}?" if near else ""))
+        return given, sorted(files + _passed_over(given))
+    return pathlib.Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)), files
 
 
 def _passed_over(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -44,24 +44,28 @@ class Text(NamedTuple):
 
 def find_files(source: Source, key: str) -> list[pathlib.Path]:
     """Returns the source's files, sorted; raises UserError, naming the setting `key`, when there are none."""
-    path = documents_of(pathlib.Path(source.path).expanduser(), f"{key}={source.path}")
+    where = f"{key}={source.path}"
+    return files_at(documents_of(pathlib.Path(source.path).expanduser(), where), FORMATS, where)
+
+
+def files_at(path: pathlib.Path, formats: tuple[str, ...], where: str) -> list[pathlib.Path]:
+    """Returns the files with these endings at a path, in a folder or of a pattern, sorted; raises UserError for none."""
     if path.is_file():
-        if not path.name.endswith(FORMATS):
-            raise UserError(f"{key}={source.path}: unknown kind of file; should end in one of {', '.join(FORMATS)}")
+        if not path.name.lower().endswith(formats):
+            raise UserError(f"{where}: unknown kind of file; should end in one of {', '.join(formats)}")
         return [path]
     found = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
     found = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
-    files = [p for p in found if p.name.endswith(FORMATS)]
+    files = [p for p in found if p.name.lower().endswith(formats)]
     if files:
         return files
     if found:
-        raise UserError(f"{key}={source.path}: no file ends in one of {', '.join(FORMATS)}; found e.g. {found[0].name}")
+        raise UserError(f"{where}: no file ends in one of {', '.join(formats)}; found e.g. {found[0].name}")
     if path.is_dir():
-        raise UserError(f"{key}={source.path}: the folder is empty")
+        raise UserError(f"{where}: the folder is empty")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise UserError(f"{key}={source.path}: no such file or folder{hint}")
+    raise UserError(f"{where}: no such file or folder" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
 
 
 def documents_of(path: pathlib.Path, where: str) -> pathlib.Path:
@@ -89,9 +93,10 @@ def document_bytes(source: Source) -> int:
 
 def blocks(path: pathlib.Path, source: Source) -> Iterator[Block]:
     """Yields a file's text in blocks that depend on nothing but the file and the source's settings."""
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         yield from _grouped(path, *_parquet(path, source.text_key))
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         yield from _json_lines(path)
     else:
         yield from _text(path, source)

@@ -22,7 +22,7 @@ class Stream:
         except OSError as e:
             raise UserError(f"{path}: cannot be read: {e.strerror}") from None
         opened = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".zst": ZstdFile}
-        self.file = opened.get(path.suffix, lambda raw: raw)(self.raw)
+        self.file = opened.get(path.suffix.lower(), lambda raw: raw)(self.raw)
 
     def __enter__(self):
         return self

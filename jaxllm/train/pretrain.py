@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import signal
 import sys
 import time
 
 from jaxllm import config
-from jaxllm.errors import Stopped, UserError
+from jaxllm.errors import Stopped, UserError, stopping_at_once
 from jaxllm.parallel.processes import Place, is_first, start, together
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
@@ -38,21 +37,6 @@ def _with_paths(cfg: PretrainConfig) -> PretrainConfig:
         tokenizer = str(given)
     return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=str(folder)),
                                data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
-
-
-@contextlib.contextmanager
-def stopping_at_once():
-    """Makes SIGTERM and SIGINT end the command with exit code 75 while there is no step to save yet, or no more."""
-
-    def stop(number, frame):
-        raise Stopped(f"stopped by {signal.Signals(number).name}; run the same command to go on")
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict:

@@ -6,7 +6,6 @@ not matter. It is drawn once, and kept: labels belong to it.
 
 import collections
 import dataclasses
-import difflib
 import hashlib
 import heapq
 import json
@@ -19,7 +18,7 @@ import numpy as np
 from jaxllm.data.review.config import ReviewVerb
 from jaxllm.data.review.estimate import KEPT, Stratum
 from jaxllm.data.streams import Stream
-from jaxllm.errors import UserError, writing
+from jaxllm.errors import UserError, nearest, writing
 
 # what the sample depends on
 SETTINGS = ("per_rule", "per_kept", "documents", "near", "thresholds", "score", "only", "skip", "max_chars", "seed")
@@ -180,9 +179,7 @@ def last_part(decision: str) -> str:
 def check_names(key: str, named, known: set[str]) -> None:
     for name in named:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"found: {', '.join(sorted(known)[:12]) or 'nothing'}"
-            raise UserError(f"{key}={name}: nothing was removed by it; {hint}")
+            raise UserError(f"{key}={name}: nothing was removed by it; {nearest(name, known)}")
 
 
 def limit(rule: str, value_N: list[float]) -> float | None:
