@@ -26,7 +26,7 @@ from raw_corpus import (
     settings,
 )
 
-from jaxllm.data import pipeline, raw
+from jaxllm.data import outputs, pipeline, raw
 from jaxllm.errors import RunError, UserError
 
 
@@ -219,6 +219,43 @@ def test_settings_or_files_that_changed_under_unfinished_work_are_refused(source
     with pytest.raises(UserError, match=r"read\.max_bytes: 16777216 -> 5"):
         pipeline.main(settings(source, tmp_path / "out", **{"read.max_bytes": 5}))
     pipeline.main(settings(source, tmp_path / "out", **{"read.max_bytes": 1 << 20, "run.overwrite": "true"}))
+
+
+@pytest.mark.parametrize("gone", ["plan.json", "kept.jsonl.zst"])
+def test_what_a_kill_after_the_manifest_left_is_removed(gone, source, tmp_path, monkeypatch):
+    """The work folder is half deleted: the run is finished all the same, and the next start takes the rest away."""
+    cfg = settings(source, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs.shutil, "rmtree", lambda path, **_: [p.unlink() for p in path.rglob(gone)])
+        done = pipeline.main(cfg)
+    assert (tmp_path / "out" / "work").is_dir()
+    assert pipeline.main(cfg)["documents"] == done["documents"]
+    assert not (tmp_path / "out" / "work").exists()
+
+
+@pytest.mark.parametrize("stop_at", ["work.old", "manifest.json", "documents", "removed.jsonl"])
+@pytest.mark.parametrize("again", ["true", "false"])
+def test_killed_while_it_overwrites(stop_at, again, source, tmp_path, monkeypatch):
+    """Wherever the deletion of the old run ends, the same command goes on, and the result is that of an empty folder."""
+    out, new = tmp_path / "out", {"read.max_bytes": 1 << 20}
+    pipeline.main(settings(source, tmp_path / "fresh", **new))
+    pipeline.main(settings(source, out))
+    (out / "card.md").write_text("of the old run")
+    remove = pipeline._remove
+
+    def killed(path):
+        if path.name == stop_at:
+            raise RunError("killed")
+        remove(path)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="killed"):
+        patch.setattr(pipeline, "_remove", killed)
+        pipeline.main(settings(source, out, **new, **{"run.overwrite": "true"}))
+    stopped_before_the_plan = stop_at == "work.old"
+    overwrite = "true" if stopped_before_the_plan else again
+    pipeline.main(settings(source, out, **new, **{"run.overwrite": overwrite}))
+    assert hashes(out) == hashes(tmp_path / "fresh")
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "fresh").iterdir())
 
 
 def test_a_folder_of_something_else_is_not_deleted(source, tmp_path):

@@ -31,6 +31,7 @@ from jaxllm.data.unit_files import read_index, read_lines, unit_folder, write_wh
 from jaxllm.errors import RunError, UserError, stopping_at_once, writing
 
 VERSION = 1  # of what units hold; another one starts anew
+OLD = "work.old"  # what run.overwrite is deleting
 EARLY = 2000  # documents after which a chain that has kept none is stopped
 
 
@@ -43,6 +44,7 @@ def main(cfg: DataVerb) -> dict:
     _check_apart(cfg, files, folder)
     cfg = seeded(cfg)
     if finished := finished_before(folder, cfg, plan):
+        _remove_rest(folder)
         say(f"{folder} is finished: {finished['documents']:,} documents; nothing to do (run.overwrite=true starts anew)")
         return finished
     index = checked(cfg, files, folder, plan)
@@ -80,6 +82,13 @@ def checked(cfg: DataVerb, files: dict, folder: pathlib.Path, plan: dict):
         ready(group, f"{name}.classifier")
     work = folder / "work"
     return stages.checked(cfg, str(work) if _begun(work, plan) else "")
+
+
+def _remove_rest(folder: pathlib.Path) -> None:
+    """Removes what a kill in the last moment, after the manifest was in place, has left of the work."""
+    if (folder / "work").is_dir():
+        with claimed(folder):
+            shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 def _check_apart(cfg: DataVerb, files: dict, folder: pathlib.Path) -> None:
@@ -150,17 +159,16 @@ def seeded(cfg: DataVerb) -> DataVerb:
 def finished_before(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | None:
     """Returns the totals of a finished run of the same plan; raises UserError where the folder holds something else."""
     manifest, begun = folder / "manifest.json", folder / "work" / "plan.json"
-    if cfg.run.overwrite:
-        if folder.is_dir() and any(folder.iterdir()) and not (manifest.is_file() or begun.is_file()):
-            raise UserError(f"{folder}: run.overwrite=true would delete what no run of jaxllm data has written; "
-                            "give another run.dir")
-        return None
-    held = next((_json_of(p) for p in (begun, manifest) if p.is_file()), None)
-    if held is None:
-        left = {"work"} if _just_begun(folder / "work") else set()
-        if folder.is_dir() and any(p.name not in {"run.lock"} | left for p in folder.iterdir()):
+    if not (manifest.is_file() or begun.is_file()):
+        if folder.is_dir() and any(p.name not in _names_of_start(folder) for p in folder.iterdir()):
             raise UserError(f"{folder}: is not empty, and not of jaxllm data; give another run.dir")
         return None
+    if cfg.run.overwrite:
+        return None
+    held = [_json_of(path) for path in (manifest, begun) if path.is_file()]
+    if "totals" in held[0] and held[0]["plan"] == plan:
+        return held[0]["totals"]
+    held = held[-1]  # begun later than the manifest was made, which is then one that is being overwritten
     before = held.get("plan", held)
     if before != plan:
         old, new = (config.flatten(p) for p in (before, plan))
@@ -169,7 +177,7 @@ def finished_before(folder: pathlib.Path, cfg: DataVerb, plan: dict) -> dict | N
                   d.removeprefix("settings.") for d in differ]
         raise UserError(f"{folder} holds work with other settings or files ({'; '.join(differ[:5])}): set them back, give "
                         "another run.dir, or --run.overwrite=true to delete it")
-    return held.get("totals")
+    return None
 
 
 def _json_of(path: pathlib.Path) -> dict:
@@ -183,9 +191,11 @@ def _json_of(path: pathlib.Path) -> dict:
     return held
 
 
-def _just_begun(work: pathlib.Path) -> bool:
-    """Returns whether a run ended before its plan was written."""
-    return work.is_dir() and {p.name for p in work.iterdir()} <= {"plan.json.part"}
+def _names_of_start(folder: pathlib.Path) -> set[str]:
+    """Returns what a folder may hold of a run that ended before its plan was written."""
+    work = folder / "work"
+    just_begun = work.is_dir() and {p.name for p in work.iterdir()} <= {"plan.json.part"}
+    return {"run.lock", OLD, *(["work"] if just_begun else [])}
 
 
 @contextlib.contextmanager
@@ -211,14 +221,20 @@ def _begun(work: pathlib.Path, plan: dict) -> bool:
 
 def begin(work: pathlib.Path, plan: dict) -> None:
     """Makes the work folder, or keeps what an earlier start of the same plan has done."""
-    note, folder = work / "plan.json", work.parent
-    if _begun(work, plan):
-        return
+    folder = work.parent
+    if not _begun(work, plan):
+        with writing(folder):
+            _remove(folder / OLD)
+            if work.is_dir():
+                work.replace(folder / OLD)
+        write_whole(work / "plan.json", json.dumps(plan))
     with writing(folder):
-        for name in (*outputs.PUBLISHED, "work"):  # overwritten
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_whole(note, json.dumps(plan))
+        for name in ("manifest.json", *outputs.PUBLISHED, OLD):  # overwritten; after a kill while publishing, made again
+            _remove(folder / name)
+
+
+def _remove(path: pathlib.Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
