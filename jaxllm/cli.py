@@ -148,7 +148,7 @@ def parse(verb: Verb, argv: list[str]):
         if len(words) != 1:
             raise UserError(f"expected one config file, found {words or 'none'}; usage: jaxllm {verb.usage}")
         # a run's own config.yaml is a config too: what it tells besides settings is passed over
-        told = ("versions", "commit", "parameters")
+        told = ("verb", "versions", "commit", "parameters")
         return config.load(_find(verb.settings), words[0], overrides, ignore=told), json_to
     if verb.takes == "nothing" and words:
         raise UserError(f"unexpected {words[0]!r}; usage: jaxllm {verb.usage}")

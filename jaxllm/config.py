@@ -35,10 +35,19 @@ def load(cls, path: str | None = None, overrides: typing.Sequence[str] = (), *, 
         for key in ignore:
             read.pop(key, None)
         merged = _merge(cls, merged, read, where=path)
+    return _filled(cls, merged, overrides, path or "command line")
+
+
+def of_tree(cls, tree: dict, where: str):
+    """Returns a `cls` filled from its defaults and nested dicts, as `load` does from a file named `where`."""
+    return _filled(cls, _merge(cls, OmegaConf.structured(cls), OmegaConf.create(_verbatim(tree)), where), (), where)
+
+
+def _filled(cls, merged: DictConfig, overrides: typing.Sequence[str], where: str):
     for override in overrides:
         merged = _merge(cls, merged, _read_override(cls, override), where="command line")
     if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"{path or 'command line'}: {missing[0]} is missing and has no default")
+        raise UserError(f"{where}: {missing[0]} is missing and has no default")
     try:
         return OmegaConf.to_object(merged)
     except ValueError as e:  # a dataclass's own __post_init__: "d_model=10 is not divisible by n_heads=4"

@@ -29,6 +29,8 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "vocab": "tensor",
     "vocab_over_stages": ("stage", "tensor"),  # between the steps of a pipeline, with train.split_embedding
     "norm": None,
+    "rank": None,  # of a low-rank adapter
+    "scores": None,  # what a reward model's or critic's head gives
 }
 
 
@@ -141,6 +143,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Placement of [B, T] inputs."""
     return NamedSharding(mesh, spec("batch", "seq"))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Placement of [B, …] inputs whose positions are not split."""
+    return NamedSharding(mesh, spec("batch"))
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:

@@ -4,14 +4,14 @@ import jax
 import pytest
 import toy
 
-from jaxllm import cli
+from jaxllm import cli, config
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import UserError
 from jaxllm.mesh import MeshConfig
 from jaxllm.partition import make_mesh
-from jaxllm.train import checkpoint, offload
+from jaxllm.train import checkpoint, offload, run_folder
 from jaxllm.train.checkpoint import Checkpoints
-from jaxllm.train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrainConfig
+from jaxllm.train.config import CheckpointConfig, OptimConfig, PretrainConfig, RunConfig, TrainConfig
 
 CAN_RUN = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jax 0.7 on a CPU has no placement in the host's memory")
 
@@ -71,13 +71,14 @@ def test_a_checkpoint_does_not_depend_on_where_moments_live(saved, restored, on_
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_run_that_offloaded_is_read_on_any_machine(tmp_path, monkeypatch):
+def test_a_run_that_offloaded_is_read_on_any_machine(tmp_path):
     prog = toy.program()
     with jax.set_mesh(prog.mesh), Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         state = prog.init()
         checkpoints.save(3, state, {"step": 3})
-    cfg = PretrainConfig(model=toy.MODEL, data=DataConfig(seq_len=toy.T), train=TrainConfig(steps=10, offload="both", remat="full"))
-    monkeypatch.setattr(checkpoint, "read_config", lambda folder: cfg)
+    cfg = PretrainConfig(model=toy.MODEL, data=DataConfig(seq_len=toy.T), train=TrainConfig(steps=10, offload="both", remat="full"),
+                         run=RunConfig(dir=str(tmp_path)))
+    run_folder.begin(cfg, config.to_dict(cfg))
     _, _, params, step = checkpoint.load_model(tmp_path, mesh=prog.mesh)
     assert step == 3 and toy.worst(params, state.params)[0] == 0
 

@@ -70,13 +70,12 @@ def load_engine(run: str, step: int | None):
     start_jax()
     from jaxllm.generate.engine import Engine
     from jaxllm.train.checkpoint import load_model, run_mesh
-    from jaxllm.train.run_folder import read_config, tokenizer_of
+    from jaxllm.train.run_folder import read_model, tokenizer_of
 
     folder = pathlib.Path(run)
-    cfg = read_config(folder)
-    mesh = run_mesh(cfg)
+    mesh = run_mesh(read_model(folder))
     cfg, graph, params, step = load_model(folder, step, mesh)
-    return Engine(graph, params, cfg.model, tokenizer_of(folder), mesh, precision=cfg.train.precision), step
+    return Engine(graph, params, cfg.model, tokenizer_of(folder), mesh, precision=cfg.precision), step
 
 
 def describe(prompt: str, seed: int, one) -> dict:

@@ -42,6 +42,22 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters on the matrices of every block, beside frozen weights (model/lora.py)."""
+
+    rank: int = 0  # rank of what is added to each matrix; 0: all weights are trained
+    alpha: float = 16.0  # what is added is multiplied with alpha / rank
+    attention: bool = True  # adapt the query, key, value and output matrices
+    mlp: bool = True  # adapt the feed-forward's matrices
+
+    def __post_init__(self):
+        if self.rank < 0 or self.alpha <= 0:
+            raise ValueError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: should be 0 or more, and above 0")
+        if self.rank and not (self.attention or self.mlp):
+            raise ValueError("lora.attention=false with lora.mlp=false: leaves nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     d_model: int = 256  # width of the residual stream
     n_layers: int = 4  # transformer blocks

@@ -1,6 +1,7 @@
-"""What stands on the trunk. One trunk, several heads: here the language model's."""
+"""What stands on the trunk. One trunk, several heads: the language model's, and that of reward models and critics."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.model.config import ModelConfig
@@ -31,20 +32,32 @@ class LanguageModel(nnx.Module):
         Document 0 is padding: it goes to no expert. With `capacity`, full experts drop tokens, as in training.
         On a mesh that splits the sequence the positions stand as parallel/context.py orders them.
         """
-        x_BTD, _, routed_L = self.trunk(token_BT, pos_BT, self._attend(doc_BT), None, key, _real(doc_BT), capacity)
+        x_BTD, _, routed_L = self.trunk(token_BT, pos_BT, self.trunk.within(doc_BT), None, key, _real(doc_BT), capacity)
         return x_BTD, routed_L
 
     def layers(self, x_BTD, pos_BT, doc_BT, key_L=None, capacity: float | None = None):
         """Returns what `hidden_and_routed` does, after the layers that are here: in a pipeline, those of one stage."""
-        x_BTD, _, routed_L = self.trunk.blocks(x_BTD, pos_BT, self._attend(doc_BT), None, key_L, _real(doc_BT), capacity)
+        x_BTD, _, routed_L = self.trunk.blocks(x_BTD, pos_BT, self.trunk.within(doc_BT), None, key_L, _real(doc_BT), capacity)
         return x_BTD, routed_L
 
-    def _attend(self, doc_BT):
-        def attend(q_BTNH, k_BTKH, v_BTKH, cache):
-            body = self.trunk.form.split_attention or self.trunk.form.attention
-            return body(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.window), cache
 
-        return attend
+class ScoreModel(nnx.Module):
+    """A trunk and a linear head of `n_scores` numbers at each position: a reward model (one for each objective), or a critic.
+
+    B batch, T position, D width, O scores.
+    """
+
+    def __init__(self, cfg: ModelConfig, form: Formulation, n_scores: int = 1, *, rngs: nnx.Rngs):
+        self.trunk = Trunk(cfg, form, rngs=rngs)
+        # Ziegler et al. 2019 and Stiennon et al. 2020: standard deviation 1 / sqrt(D + 1)
+        self.score_DO = weight(rngs, {"embed": cfg.d_model, "scores": n_scores}, std=(cfg.d_model + 1) ** -0.5)
+        self.bias_O = nnx.Param(jnp.zeros(n_scores, jnp.float32), axes=("norm",))
+
+    def scores(self, token_BT, pos_BT, doc_BT) -> jax.Array:
+        """Returns float32 [B, T, O]: the scores of each row up to and with position t."""
+        x_BTD, *_ = self.trunk(token_BT, pos_BT, self.trunk.within(doc_BT), None, None, _real(doc_BT))
+        y_BTO = jnp.einsum("BTD,DO->BTO", x_BTD, self.score_DO[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return y_BTO + self.bias_O[...].astype(jnp.float32)[None, None]
 
 
 def _real(doc_BT):

@@ -100,6 +100,15 @@ class Trunk(nnx.Module):
         x_BTD, cache_L, routed_L = self.blocks(self.embed(token_BT), pos_BT, attend, cache_L, key_L, real_BT, capacity)
         return self.norm(x_BTD), cache_L, routed_L
 
+    def within(self, doc_BT):
+        """Returns the `attend` of a pass over whole sequences: documents kept apart, no cache."""
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+            body = self.form.split_attention or self.form.attention
+            return body(q_BTNH, k_BTKH, v_BTKH, doc_BT, window=self.cfg.window), cache
+
+        return attend
+
     def embed(self, token_BT):
         return residual(look_up(self.embed_VD, token_BT, self.form))
 

@@ -10,18 +10,21 @@ import logging
 import pathlib
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import DISK_FULL, RunError, UserError
 from jaxllm.mesh import MeshConfig
+from jaxllm.model.heads import LanguageModel
+from jaxllm.model.lora import adapters, merged
 from jaxllm.parallel.processes import is_first, together
 from jaxllm.partition import leaf_name, make_mesh
 from jaxllm.train.config import CheckpointConfig
-from jaxllm.train.offload import beside_host, looked_at
-from jaxllm.train.run_folder import read_config
-from jaxllm.train.state import TrainState
+from jaxllm.train.offload import beside_host
+from jaxllm.train.run_folder import read_model
+from jaxllm.train.state import TrainState, placed_shapes, structure
 
 
 class Checkpoints:
@@ -106,6 +109,14 @@ class Checkpoints:
                 return params, candidate
             damaged(candidate, f"{wrong[0]} does not match its checksum")
         return None
+
+    def read_raw(self, step: int):
+        """Returns (a checkpoint's arrays as they lie on disk, its position), for a look without the model's settings."""
+        self._candidates(step)
+        args = self.ocp.args
+        read = self.manager.restore(step, args=args.Composite(
+            params=args.StandardRestore(), train=args.StandardRestore(), meta=args.JsonRestore()))
+        return {"params": read.params, "train": read.train}, read.meta["position"]
 
     def set_aside(self, after: int) -> None:
         """Moves checkpoints later than `after`, which could not be read, out of the way of new ones; none is deleted."""
@@ -215,23 +226,39 @@ def _transient(e: Exception) -> bool:
 
 
 def load_model(folder, step: int | None = None, mesh=None):
-    """Returns (settings, graph, parameters, step) of a run's newest good checkpoint, or of `step`.
+    """Returns (ModelOfRun, graph, parameters, step) of a run's newest good checkpoint, or of `step`; adapters are added to
+    their base's weights.
 
     `mesh` None: the run's own mesh where this machine has its devices, else one device. Raises UserError when the folder
-    is no run or holds no readable checkpoint.
+    is no run of a language model or holds no readable checkpoint.
     """
-    from jaxllm.train.optim import make_optimizer
-    from jaxllm.train.state import build
-
     folder = pathlib.Path(folder)
-    cfg = read_config(folder)
+    cfg = read_model(folder)
+    if cfg.verb == "reward":
+        raise UserError(f"{folder}: holds a reward model, which writes no text; give the run of a language model")
     mesh = mesh or run_mesh(cfg)
-    program = build(cfg.model, looked_at(cfg.train), make_optimizer(cfg.optim, 1), mesh)
+    graph, abstract = structure(LanguageModel, cfg.model, mesh)
+    if not cfg.lora.rank:
+        return cfg, graph, *read_params(folder, abstract, step)
+    _, _, base, _ = load_model(_base_of(folder, cfg), mesh=mesh)
+    with jax.set_mesh(mesh):
+        lora, step = read_params(folder, placed_shapes(lambda: adapters(base, cfg.lora, jax.random.key(0)), mesh), step)
+        return cfg, graph, jax.jit(partial(merged, cfg=cfg.lora))(base, lora), step
+
+
+def _base_of(folder: pathlib.Path, cfg) -> str:
+    if not pathlib.Path(cfg.base).is_dir():
+        raise UserError(f"{folder}: its adapter is added to the weights of {cfg.base}, which is gone; put that run back")
+    return cfg.base
+
+
+def read_params(folder: pathlib.Path, abstract, step: int | None = None):
+    """Returns (parameters, step) of a run's newest good checkpoint, or of `step`, as `abstract` places them."""
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore_params(program.abstract.params, step, damaged=tell_damaged)
+        found = checkpoints.restore_params(abstract, step, damaged=tell_damaged)
     if found is None:
         raise UserError(f"{folder}: no checkpoint that can be read")
-    return cfg, program.graph, *found
+    return found
 
 
 def tell_damaged(step: int, why: str) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxllm.data.config import DataConfig
 from jaxllm.generate.config import SampleConfig
 from jaxllm.mesh import MeshConfig
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import LoRAConfig, ModelConfig
 from jaxllm.parallel.config import ProcessesConfig
 
 NAMED = ("mlp", "qkv_attention", "qkv", "attention", "full")  # values of train.remat that say by name what is kept of a layer
@@ -183,6 +183,19 @@ class PretrainConfig:
                              "cannot be split over mesh.data")
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOfRun:
+    """What is needed of a run folder to use its model."""
+
+    verb: str = "pretrain"  # that trained it
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    tokenizer: str = "bytes"
+    precision: str = "auto"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank 0: the run's checkpoints hold whole weights
+    base: str = ""  # with an adapter, the run whose weights it is added to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,15 @@ from jaxllm.train.config import InspectVerb
 from jaxllm.train.offload import looked_at
 from jaxllm.train.optim import is_variable, make_optimizer
 from jaxllm.train.pretrain import n_steps
-from jaxllm.train.run_folder import read_config
+from jaxllm.train.run_folder import read_config, read_yaml
 from jaxllm.train.state import build
 
 
 def main(cfg: InspectVerb) -> dict:
     """Prints the newest checkpoint, or that of `cfg.step`; returns the same as a dict."""
     folder = pathlib.Path(cfg.run)
+    if read_yaml(folder).get("verb", "pretrain") != "pretrain":
+        return of_another_verb(folder, cfg)
     run = read_config(folder)
     mesh = run_mesh(run)
     program = build(run.model, looked_at(run.train), make_optimizer(run.optim, n_steps(run)), mesh)
@@ -38,6 +40,33 @@ def main(cfg: InspectVerb) -> dict:
     if cfg.digest:
         result["digest"] = digests(state, position)
     show(result)
+    return result
+
+
+def of_another_verb(folder: pathlib.Path, cfg: InspectVerb) -> dict:
+    """Prints a checkpoint of sft, reward, dpo or rlhf as it lies on disk; returns the same as a dict."""
+    with Checkpoints(folder) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{folder}: no checkpoint that can be read; steps there: none")
+        step = steps[-1] if cfg.step is None else cfg.step
+        state, position = checkpoints.read_raw(step)
+    found = [(leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    parameters: dict[str, int] = {}
+    for name, x in found:
+        parameters[name.split(".")[0]] = parameters.get(name.split(".")[0], 0) + int(x.size)
+    result = {"run": str(folder), "step": step, "checkpoints": steps, "numbers": parameters,
+              "arrays": [{"name": name, "shape": list(x.shape), "type": str(x.dtype)} for name, x in found]}
+    print(f"{folder}: step {step}; checkpoints: {', '.join(map(str, steps))}")
+    for part, n in parameters.items():
+        print(f"  {part:<12}{n:>16,} numbers")
+    for a in result["arrays"]:
+        print(f"  {a['name']:<60}  {' x '.join(map(str, a['shape'])):<24}  {a['type']}")
+    if cfg.digest:
+        result["digest"] = digests(state, position)
+        print("\nSHA-256")
+        for name, value in result["digest"].items():
+            print(f"  {name:<60}  {value}")
     return result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllm.errors import RunError, Stopped
 from jaxllm.parallel.processes import highest
-from jaxllm.partition import batch_sharding
+from jaxllm.partition import batch_sharding, row_sharding
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import LogConfig, TrainConfig
 from jaxllm.train.log import RunLog, memory
@@ -106,17 +106,17 @@ class Clock:
 def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every: int, state: TrainState,
           start: int) -> TrainState:
     """Takes a run from step `start` to its end; returns the last state. Raises Stopped or RunError."""
-    names, rows = leaf_names(run.program.abstract.params), batch_sharding(run.program.mesh)
+    names, mesh = leaf_names(run.program.abstract.params), run.program.mesh
     batches, clock, pending = run.batches(start), Clock(), None
     with StopRequest() as stop:
-        batch = _put(next(batches), rows)
+        batch = _put(next(batches), mesh)
         for step in range(start + 1, run.steps + 1):
             state, metrics = run.program.train_step(state, batch)
             if pending is not None:
                 _read(run, pending, names, log_cfg.every, clock)
             pending = step, metrics
             if step < run.steps:
-                batch = _put(next(batches), rows)  # while the step runs
+                batch = _put(next(batches), mesh)  # while the step runs
             # read once: a signal that comes while this step is saved is the next step's
             stopping = stop.agreed(step, log_cfg.every, run.program.agreed)
             finished = step == run.steps
@@ -138,9 +138,10 @@ def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
 
 
-def _put(batch: dict, rows) -> dict:
+def _put(batch: dict, mesh) -> dict:
     """Returns this process's rows as part of the global batch on the devices."""
-    return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
+    place = {2: batch_sharding(mesh)}
+    return {name: jax.make_array_from_process_local_data(place.get(x.ndim, row_sharding(mesh)), x) for name, x in batch.items()}
 
 
 def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None:
@@ -164,7 +165,7 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
         "grad_norm": float(metrics["grad_norm"]), "lr": float(metrics["lr"]), "tokens_per_s": round(rate, 1),
         "step_s": round(seconds, 5), "model_tflops_per_s": float(f"{rate * run.flops_per_token / 1e12:.4g}"),
     }
-    line |= {k: round(float(metrics[k]), 5) for k in ("expert_load", "balance_loss", "dropped_share") if k in metrics}
+    line |= {k: round(float(v), 5) for k, v in metrics.items() if v.ndim == 0 and k not in (*line, "targets")}
     if run.peak_flops is not None:
         line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
     line |= memory()
@@ -206,9 +207,8 @@ def _refuse_not_finite(run: Run, step: int, state: TrainState) -> None:
 def evaluate(program: Program, held_out, params) -> dict:
     """Returns loss (nats a token), perplexity and bits per byte over the held-out rows; {} without any."""
     total, n_tokens = 0.0, 0.0
-    rows = batch_sharding(program.mesh)
     for batch in held_out.batches():
-        loss, n = program.eval_step(params, _put(batch, rows))
+        loss, n = program.eval_step(params, _put(batch, program.mesh))
         total, n_tokens = total + float(loss), n_tokens + float(n)
     if not n_tokens:
         return {}

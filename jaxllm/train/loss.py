@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxllm.train.vocabulary import on_vocabulary, summed
 
+NEVER = -1e30  # logit of an id that is never drawn; not -inf, whose gradient would be NaN
+
 
 def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
                     phases: tuple = ()):
@@ -26,13 +28,34 @@ def next_token_loss(x_BTD, head_DV, target_BT, weight_BT, *, chunk: int, z_loss:
     return loss, summed(weight_BT)
 
 
-def token_logps(x_BTD, head_DV, target_BT, *, chunk: int):
-    """Returns log p[target] as float32 [B, T]; its backward computes the logits again, chunk by chunk."""
+def token_logps(x_BTD, head_DV, target_BT, *, chunk: int, temperature: float = 1.0, n_tokens: int | None = None):
+    """Returns log p[target] as float32 [B, T]; its backward computes the logits again, chunk by chunk.
 
+    p = softmax(logits / temperature) over the first `n_tokens` ids; None: over all.
+    """
+    return _by_logits(lambda logit_BCV, target_BC: _at(target_BC, logit_BCV) - jax.nn.logsumexp(logit_BCV, axis=-1),
+                      chunk, temperature, n_tokens, x_BTD, head_DV, target_BT)
+
+
+def token_logps_and_entropies(x_BTD, head_DV, target_BT, *, chunk: int, temperature: float = 1.0, n_tokens: int | None = None):
+    """Returns (log p[target], -Σ p log p) as `token_logps` does, both float32 [B, T]."""
+
+    def both(logit_BCV, target_BC):
+        log_z_BC = jax.nn.logsumexp(logit_BCV, axis=-1)
+        p_BCV = jnp.exp(logit_BCV - log_z_BC[..., None])
+        mean_BC = jnp.sum(p_BCV * jnp.where(p_BCV > 0, logit_BCV, 0.0), axis=-1)  # ids that are never drawn: 0, not 0 x -inf
+        return _at(target_BC, logit_BCV) - log_z_BC, log_z_BC - mean_BC
+
+    return _by_logits(both, chunk, temperature, n_tokens, x_BTD, head_DV, target_BT)
+
+
+def _by_logits(of_logits, chunk, temperature, n_tokens, x_BTD, head_DV, target_BT):
     @jax.checkpoint
     def visit(carry, x_BCD, target_BC):
-        logit_BCV = _logits(x_BCD, head_DV)
-        return carry, _at(target_BC, logit_BCV) - jax.nn.logsumexp(logit_BCV, axis=-1)
+        logit_BCV = _logits(x_BCD, head_DV) / temperature
+        if n_tokens is not None and n_tokens < head_DV.shape[1]:
+            logit_BCV = jnp.where(jnp.arange(head_DV.shape[1])[None, None] < n_tokens, logit_BCV, NEVER)
+        return carry, of_logits(logit_BCV, target_BC)
 
     return _by_chunks(chunk, visit, None, x_BTD, target_BT)[1]
 

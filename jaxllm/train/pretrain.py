@@ -5,10 +5,9 @@ import dataclasses
 import math
 import pathlib
 import sys
-import time
 
 from jaxllm import config
-from jaxllm.errors import Stopped, UserError, stopping_at_once
+from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.parallel.processes import Place, is_first, start, together
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
@@ -53,14 +52,10 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     from jaxllm.platform import start_jax
 
     start_jax()
-    import jax
-
     from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
     from jaxllm.parallel.context import check_length
     from jaxllm.partition import make_mesh, row_share
-    from jaxllm.train.checkpoint import Checkpoints
-    from jaxllm.train.log import RunLog
-    from jaxllm.train.loop import train
+    from jaxllm.train.session import finish, session
 
     writes, mesh = is_first(), make_mesh(cfg.mesh)
     check_length(cfg.data.seq_len, mesh)
@@ -74,25 +69,13 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
         begin(cfg, config.to_dict(cfg))
     together("the run begins")
 
-    with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints:
-        state, start, incidents = _restore_or_init(program, checkpoints, rows.made_of)
-        with RunLog(folder, steps=steps, start=start, tensorboard=cfg.log.tensorboard, writes=writes) as log:
-            for step, kind, message in incidents:
-                log.incident(step, kind, message)
-            if changes and start:
-                log.incident(start, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
-            run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps)
-            _say_what_runs(cfg, program, rows, run, start)
-            began = time.perf_counter()
-            try:
-                train(run, cfg.train, cfg.log, cfg.checkpoint.every, state, start)
-            except Stopped as e:
-                if not cfg.run.overwrite:
-                    raise
-                # the same command would delete what was just saved
-                raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
-            log.say("")
-    return _finish(folder, steps, time.perf_counter() - began, writes)
+    def made(checkpoints, log, start):
+        run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps)
+        _say_what_runs(cfg, program, rows, run, start)
+        return run
+
+    seconds = session(cfg, program, rows.made_of, made, changes=changes, steps=steps, writes=writes)
+    return finish(folder, steps, seconds, writes)
 
 
 def _program(cfg: PretrainConfig, mesh, steps: int, place: Place | None):
@@ -126,35 +109,6 @@ def resolve(cfg: PretrainConfig, tokenizer) -> PretrainConfig:
 
 def n_steps(cfg: PretrainConfig) -> int:
     return cfg.train.steps or math.ceil(cfg.train.tokens / (cfg.train.batch_size * cfg.data.seq_len))
-
-
-def _restore_or_init(program, checkpoints, made_of):
-    """Returns (state, its step, incidents to log): the newest good checkpoint, or a new state.
-
-    Row i is a function of i, the seed and the text, so text other than `made_of` makes the order another: an incident.
-    """
-    incidents = []
-
-    def damaged(step, why):
-        incidents.append((step, "damaged_checkpoint", f"checkpoint {checkpoints.folder / str(step)} is damaged ({why}); "
-                                                      "trying the one before it"))
-
-    if not checkpoints.steps():
-        return program.init(), 0, incidents
-    restored = checkpoints.restore(program.abstract, damaged=damaged)
-    if restored is None:
-        tried = "; ".join(message for *_, message in incidents)
-        raise UserError(f"{checkpoints.folder}: no checkpoint can be read: {tried}. --run.overwrite=true starts anew")
-    state, position = restored
-    checkpoints.set_aside(after=position["step"])
-    incidents.append((position["step"], "resumed", f"goes on from step {position['step']}"))
-    if position["made_of"] != made_of:
-        before = position["made_of"]
-        others = [name for name in sorted(before.keys() | made_of.keys()) if before.get(name) != made_of.get(name)]
-        incidents.append((position["step"], "data_changed",
-                          f"text or weight changed since the checkpoint: data.sources {', '.join(others)}; rows from step "
-                          f"{position['step'] + 1} on are others than they would have been"))
-    return state, position["step"], incidents
 
 
 def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps):
@@ -247,18 +201,3 @@ def _groups(cfg, program):
         if program.agreed is None and late:
             said += ["! processes hold several groups each, or parts of several: none can be ahead of another"]
     return said
-
-
-def _finish(folder: pathlib.Path, steps: int, seconds: float, writes: bool) -> dict:
-    page = folder / "report.html"
-    if not writes:
-        return {"run": str(folder), "step": steps, "finished": True, "report": str(page)}
-    from jaxllm.report.page import write_page
-    from jaxllm.report.read import last_line
-
-    write_page([folder], page)
-    train, held_out = last_line(folder, "loss"), last_line(folder, "eval_loss")
-    print(f"finished: step {steps} in {seconds:.0f} s; curves and samples: {page}", file=sys.stderr)
-    told = ("tokens", "loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
-    return {"run": str(folder), "step": steps, "finished": True, "report": str(page)} | {
-        k: v for k, v in {**train, **held_out}.items() if k in told}

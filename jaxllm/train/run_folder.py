@@ -14,11 +14,11 @@ import yaml
 
 from jaxllm import config
 from jaxllm.errors import UserError, writing
-from jaxllm.train.config import PretrainConfig
+from jaxllm.train.config import ModelOfRun, PretrainConfig
 from jaxllm.train.flops import parameter_count
 
 PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
-NOT_SETTINGS = ("versions", "commit", "parameters")  # what config.yaml tells besides
+NOT_SETTINGS = ("verb", "versions", "commit", "parameters")  # what config.yaml tells besides
 NOT_COMPARED = (*NOT_SETTINGS, "processes.")
 OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents.jsonl", "samples.jsonl", "report.html",
         "tokenizer.model", "damaged-checkpoints")
@@ -52,10 +52,11 @@ def claimed(folder: pathlib.Path):
         yield
 
 
-def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
+def changes_of(cfg, resolved: dict, *, verb: str = "pretrain", may_change: tuple[str, ...] = ()) -> list[str]:
     """Returns what differs from the settings that the folder's run was started with, as text; touches nothing.
 
-    Raises UserError that names the keys when one that may not change has changed, or the tokenizer's content has.
+    `cfg`: a verb's settings, with run, model and data.tokenizer. Raises UserError that names the keys when one that may not change has changed, the tokenizer's content has, or the folder
+    is another verb's.
     """
     folder = pathlib.Path(cfg.run.dir)
     if cfg.run.overwrite:
@@ -63,10 +64,12 @@ def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
     if cfg.run.overwrite or not (folder / "config.yaml").exists():
         return []
     # with today's defaults for keys that a folder written earlier does not have
-    before, now = config.flatten(config.to_dict(read_config(folder))), config.flatten(resolved)
+    if (found := read_yaml(folder).get("verb", "pretrain")) != verb:
+        raise UserError(f"{folder} holds a run of jaxllm {found}: give another run.dir, or --run.overwrite=true to delete it")
+    before, now = config.flatten(config.to_dict(_settings(folder, type(cfg)))), config.flatten(resolved)
     differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(NOT_COMPARED)]
     changes = {k: f"{k}: {before.get(k)} -> {now.get(k)}" for k in differ}
-    blocking = [c for k, c in changes.items() if not k.startswith(MAY_CHANGE)]
+    blocking = [c for k, c in changes.items() if not k.startswith(MAY_CHANGE + may_change)]
     own, given = folder / "tokenizer.model", pathlib.Path(cfg.data.tokenizer)
     if own.exists() and given.is_file():  # a tokenizer is its content, wherever it lies
         blocking = [c for c in blocking if not c.startswith("data.tokenizer:")]
@@ -78,7 +81,7 @@ def changes_of(cfg: PretrainConfig, resolved: dict) -> list[str]:
     return [c for k, c in changes.items() if k not in ("run.dir", "run.overwrite")]
 
 
-def begin(cfg: PretrainConfig, resolved: dict) -> None:
+def begin(cfg, resolved: dict, *, verb: str = "pretrain") -> None:
     """Writes the settings and the tokenizer into the folder, whose earlier run goes first if that was asked for.
 
     Called when all that can be checked has been: a mistake in the settings must not cost the earlier run.
@@ -93,8 +96,8 @@ def begin(cfg: PretrainConfig, resolved: dict) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         # A run's config.yaml serves as a config: it must not delete the run.
         saved = {**resolved, "run": {**resolved["run"], "overwrite": False}}
-        del saved["processes"]  # of this start and this host only
-        write_atomically(folder / "config.yaml", config.to_yaml({**saved, **facts(cfg)}))
+        saved.pop("processes", None)  # of this start and this host only
+        write_atomically(folder / "config.yaml", config.to_yaml({"verb": verb, **saved, **facts(cfg)}))
         if cfg.data.tokenizer != "bytes":  # the run folder is whole without the original
             own.write_bytes(tokenizer)
 
@@ -124,9 +127,26 @@ def read_yaml(folder: pathlib.Path) -> dict:
 
 
 def read_config(folder: pathlib.Path) -> PretrainConfig:
-    """Returns the resolved settings that a run was started with."""
-    read_yaml(folder)  # for its message
-    return config.load(PretrainConfig, str(folder / "config.yaml"), ignore=NOT_SETTINGS)
+    """Returns the resolved settings that a pretraining run was started with."""
+    if (verb := read_yaml(folder).get("verb", "pretrain")) != "pretrain":
+        raise UserError(f"{folder}: holds a run of jaxllm {verb}; should be one of jaxllm pretrain")
+    return _settings(folder, PretrainConfig)
+
+
+def _settings(folder: pathlib.Path, cls):
+    return config.load(cls, str(folder / "config.yaml"), ignore=NOT_SETTINGS)
+
+
+def read_model(folder: pathlib.Path) -> ModelOfRun:
+    """Returns what any verb's run folder says of the model that it trained."""
+    tree = read_yaml(folder)
+    try:
+        told = {"verb": tree.get("verb", "pretrain"), "model": tree["model"], "mesh": tree["mesh"],
+                "tokenizer": tree["data"]["tokenizer"], "precision": tree["train"]["precision"]}
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'config.yaml'}: holds no {e}; should be what a run wrote") from None
+    told |= {"lora": tree["lora"], "base": tree["base"]["run"]} if tree.get("lora", {}).get("rank") else {}
+    return config.of_tree(ModelOfRun, told, str(folder / "config.yaml"))
 
 
 def tokenizer_of(folder: pathlib.Path):
@@ -134,7 +154,7 @@ def tokenizer_of(folder: pathlib.Path):
     from jaxllm.data.tokenizer import load_tokenizer
 
     own = folder / "tokenizer.model"
-    return load_tokenizer(str(own) if own.exists() else read_config(folder).data.tokenizer)
+    return load_tokenizer(str(own) if own.exists() else read_model(folder).tokenizer)
 
 
 def near_folder(folder: pathlib.Path) -> str:
@@ -144,7 +164,7 @@ def near_folder(folder: pathlib.Path) -> str:
     return f"; run folders there: {', '.join(found)}" if found else ""
 
 
-def facts(cfg: PretrainConfig) -> dict:
+def facts(cfg) -> dict:
     """Returns what config.yaml tells besides the settings."""
     return {"versions": versions(), "commit": commit(), "parameters": sum(parameter_count(cfg.model).values())}
 

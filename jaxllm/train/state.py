@@ -66,13 +66,9 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     check_experts(model, mesh)
     schedule = schedule_of(model, train, mesh)
 
-    def make_params(seed):
-        return nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
-
     def init(seed):
-        params = make_params(seed)
-        rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), rng)
+        params = nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+        return begun(params, optimizer, seed)
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, form, rngs=nnx.Rngs(0))))
     abstract = jax.eval_shape(init, jnp.uint32(0))
@@ -103,6 +99,43 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
         abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed),
         read=jax.device_get if train.sync == "every_step" else local_sgd.read,
     )
+
+
+def structure(kind, model: ModelConfig, mesh: Mesh, *, remat: str = "none", **made_with):
+    """Returns (graph, parameters' shapes, types and placements) of a model that stands on a mesh; `kind`: LanguageModel or
+    ScoreModel, `made_with`: what it takes besides the settings."""
+    form = for_platform(mesh.devices.flat[0].platform, remat=remat, phases=phases(mesh))
+
+    def make():
+        return kind(model, form, **made_with, rngs=nnx.Rngs(0))
+
+    return nnx.graphdef(nnx.eval_shape(make)), placed_shapes(lambda: nnx.state(make(), nnx.Param), mesh)
+
+
+def placed_shapes(make, mesh: Mesh):
+    """Returns shapes, types and placements of the parameters that `make` returns; raises UserError where the mesh does not
+    divide one."""
+    abstract = jax.eval_shape(make)
+    check_divides(abstract, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings(abstract, mesh))
+
+
+def begun(params, optimizer: Optimizer, seed) -> TrainState:
+    """Returns the state of a run before its first step."""
+    rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), rng)
+
+
+def starting_from(program: Program, params, optimizer: Optimizer, seed: int) -> Program:
+    """Returns the program of a run whose weights are `params` before its first step; they stay as they are."""
+    placed = jax.tree.map(lambda a: a.sharding, program.abstract)
+
+    def init():
+        # copies: a step takes its state's memory for the next one
+        return jax.jit(lambda params, seed: begun(jax.tree.map(jnp.copy, params), optimizer, seed),
+                       out_shardings=placed)(params, jnp.uint32(seed))
+
+    return dataclasses.replace(program, init=init)
 
 
 def in_groups(train: TrainConfig, mesh: Mesh, params, init, placed: TrainState, step):

@@ -53,19 +53,27 @@ def loss_and_routed(objective: Objective, params, batch, key=None):
 def accumulated(objective: Objective, micro_batches: int, params, batch, key):
     """Returns ((summed loss, (number of targets, what the routers did)), gradients) of a batch, computed in parts one after
     the other."""
-    loss_and_grad = jax.value_and_grad(partial(loss_and_routed, objective), has_aux=True)
+    return in_parts(partial(loss_and_routed, objective), micro_batches, params, batch, key)
+
+
+def in_parts(loss, micro_batches: int, params, batch, key):
+    """Returns ((summed loss, (count, told)), gradients) of a batch, computed in parts one after the other.
+
+    `loss(params, batch, key) -> (summed loss, (count, told))`; `told`, a tree of sums or None, is summed over the parts too.
+    """
+    loss_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def accumulate(total, xs):
         i, micro_batch = xs
-        (loss, (n, routed_L)), grads = loss_and_grad(params, micro_batch, micro_key(key, i, micro_batches))
-        return jax.tree.map(jnp.add, total, (loss, n, grads)), routed_L
+        (loss, (n, told)), grads = loss_and_grad(params, micro_batch, micro_key(key, i, micro_batches))
+        return jax.tree.map(jnp.add, total, (loss, n, grads)), told
 
     if micro_batches == 1:
         return loss_and_grad(params, batch, key)
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
-    (loss, n, grads), routed_L = jax.lax.scan(accumulate, zeros, xs)
-    return (loss, (n, jax.tree.map(lambda a: jnp.sum(a, axis=0), routed_L))), grads
+    (loss, n, grads), told = jax.lax.scan(accumulate, zeros, xs)
+    return (loss, (n, jax.tree.map(lambda a: jnp.sum(a, axis=0), told))), grads
 
 
 def micro_key(key, i, micro_batches: int):
