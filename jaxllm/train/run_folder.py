@@ -55,8 +55,8 @@ def claimed(folder: pathlib.Path):
 def changes_of(cfg, resolved: dict, *, verb: str = "pretrain", may_change: tuple[str, ...] = ()) -> list[str]:
     """Returns what differs from the settings that the folder's run was started with, as text; touches nothing.
 
-    `cfg`: a verb's settings, with run, model and data.tokenizer. Raises UserError that names the keys when one that may not change has changed, the tokenizer's content has, or the folder
-    is another verb's.
+    `cfg`: a verb's settings, with run, model and data.tokenizer. Raises UserError that names the keys when one that may not
+    change has changed, the tokenizer's content has, or the folder is another verb's.
     """
     folder = pathlib.Path(cfg.run.dir)
     if cfg.run.overwrite:
