@@ -18,6 +18,7 @@ MAY_IMPORT = {  # room -> the rooms it may import from, besides itself
     "report": BASE,
     "train": BASE | {"partition", "data", "model", "parallel", "generate", "report"},
     "generate": BASE | {"partition", "data", "model", "train"},
+    "align": BASE | {"partition", "data", "model", "parallel", "train", "generate", "report"},
     "plan": BASE | {"partition", "data", "model", "parallel", "train"},
     "self_test": BASE | {"partition", "data", "model", "train", "generate"},
     "installed": BASE,

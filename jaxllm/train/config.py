@@ -193,6 +193,7 @@ class ModelOfRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: str = "bytes"
+    template: str | None = None  # how it was taught to read messages; null: it was not
     precision: str = "auto"
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank 0: the run's checkpoints hold whole weights
     base: str = ""  # with an adapter, the run whose weights it is added to

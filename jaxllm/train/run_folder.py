@@ -141,8 +141,9 @@ def read_model(folder: pathlib.Path) -> ModelOfRun:
     """Returns what any verb's run folder says of the model that it trained."""
     tree = read_yaml(folder)
     try:
+        data = tree["data"]
         told = {"verb": tree.get("verb", "pretrain"), "model": tree["model"], "mesh": tree["mesh"],
-                "tokenizer": tree["data"]["tokenizer"], "precision": tree["train"]["precision"]}
+                "tokenizer": data["tokenizer"], "template": data.get("template"), "precision": tree["train"]["precision"]}
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / 'config.yaml'}: holds no {e}; should be what a run wrote") from None
     told |= {"lora": tree["lora"], "base": tree["base"]["run"]} if tree.get("lora", {}).get("rank") else {}
