@@ -1,0 +1,99 @@
+"""Runs a user's code in a process of its own, with limits on its time: what goes wrong there is told, and harms nothing here."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Pipe
+
+from jaxllm.errors import RunError, UserError
+
+START_SECONDS = 300.0  # for the process to come up and load the user's file, which may import much
+# Not multiprocessing: it would run the main script again in the child, and could not end what the user's code starts.
+BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from jaxllm.align.guarded_child import serve; serve(int(sys.argv[1]))"
+
+
+class Failure(Exception):
+    """A call of the user's code that gave no value: why, in one line."""
+
+
+class Guarded:
+    """A user's code in another process. The process is started at the first call, and again after one that it did not survive.
+
+    `what` says what is run, as guarded_child.py reads it; `name` names it in messages. What the code prints goes to the file
+    `output`, its first megabyte, or nowhere. Not for several threads at a time.
+    """
+
+    def __init__(self, what: dict, name: str, output: pathlib.Path | None = None):
+        self.what, self.name, self.output = what, name, output
+        self._process = self._channel = None
+
+    def start(self) -> None:
+        """Starts the process and loads the code. Raises UserError where it cannot be loaded."""
+        if self._process is not None:
+            return
+        self._channel, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", BOOT, str(theirs.fileno()), json.dumps(sys.path)], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},  # accelerators belong to the run
+                start_new_session=True)  # Ctrl-C is for the run alone, and the whole session is ended with the code
+        try:
+            self._ask({**self.what, "output": str(self.output.resolve()) if self.output else None}, START_SECONDS)
+        except Failure as e:
+            self.close()
+            raise UserError(f"{self.name}: {e}") from None
+
+    def call(self, argument, seconds: float):
+        """Returns what the code makes of `argument` (JSON). Raises Failure where it raises, or takes longer than `seconds`."""
+        try:
+            self.start()
+        except UserError as e:  # it loaded once, or whoever made this has not called start()
+            raise RunError(str(e)) from None
+        return self._ask({"argument": argument, "seconds": seconds}, seconds)
+
+    def close(self) -> None:
+        """Ends the process, and those that it started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.wait()
+            self._channel.close()
+            self._process = self._channel = None
+
+    def _ask(self, message: dict, seconds: float):
+        try:
+            self._channel.send_bytes(json.dumps(message).encode())
+            if not self._channel.poll(seconds):
+                self.close()
+                raise Failure(f"took longer than {seconds:g} s")
+            answer = json.loads(self._channel.recv_bytes())
+        except (EOFError, OSError):
+            code = self._ended()
+            raise Failure(f"ended its process ({code})") from None
+        except BaseException:  # Ctrl-C while it waits: an answer that comes later must not be taken for the next call's
+            self.close()
+            raise
+        if "error" in answer:
+            raise Failure(answer["error"])
+        return answer["value"]
+
+    def _ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.returncode
+        self.close()
+        if code is None:
+            return "it closed the way to this one"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
