@@ -1,4 +1,4 @@
-"""Runs a user's code in a process of its own, with limits on its time: what goes wrong there is told, and harms nothing here."""
+"""Runs a user's code in a process of its own, with limits on its time: what goes wrong there harms nothing here."""
 
 import contextlib
 import json
@@ -7,13 +7,15 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing.connection import Pipe
 
 from jaxllm.errors import RunError, UserError
 
 START_SECONDS = 300.0  # for the process to come up and load the user's file, which may import much
 # Not multiprocessing: it would run the main script again in the child, and could not end what the user's code starts.
-BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from jaxllm.align.guarded_child import serve; serve(int(sys.argv[1]))"
+BOOT = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); from jaxllm.align.guarded_child import serve; "
+        "serve(int(sys.argv[1]))")
 
 
 class Failure(Exception):
@@ -84,13 +86,17 @@ class Guarded:
         return answer["value"]
 
     def _ended(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)
-        code = self._process.returncode
+        """Ends what is left of a process that no longer answers; returns how it ended."""
+        process, until = self._process, time.monotonic() + 1
+        # Looked at, not reaped: its number must not become another's before its session is ended.
+        while (by_itself := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
         self.close()
-        if code is None:
+        if by_itself is None:
             return "it closed the way to this one"
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit code {process.returncode}"
 
     def __enter__(self):
         return self

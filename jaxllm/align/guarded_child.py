@@ -149,8 +149,10 @@ CALLS = {"scores": scores_of, "text": text_of}
 
 
 def checked(found, n: int) -> list:
-    """Returns `n` finite floats of what a reward returned, a reason (Failed) where one is none. Raises ValueError where they are
-    not `n`."""
+    """Returns `n` finite floats of what a reward returned, a reason (Failed) where one is none.
+
+    Raises ValueError where they are not `n`.
+    """
     if found is None or isinstance(found, str | bytes | dict) or not hasattr(found, "__iter__"):
         raise ValueError(f"returned {'None' if found is None else type(found).__name__}, should be a list of {n} numbers")
     found = list(itertools.islice(found, n + 1))

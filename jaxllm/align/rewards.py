@@ -7,7 +7,6 @@ Axes: B sample.
 """
 
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -49,8 +48,9 @@ class Scored(NamedTuple):
 class Rewards:
     """Scores batches by all rewards of a run. User code runs in processes of its own, which end with `close`.
 
-    `models` holds a function for each reward of kind "model", by its name. `errors` counts by name the samples that could not be
-    scored; a run that is resumed sets it to what it was. Raises UserError where a user's function cannot be loaded.
+    `models` holds a function for each reward of kind "model", by its name. What a user's function prints goes to NAME.txt in
+    `output`. `errors` counts by name the samples that could not be scored; a run that is resumed sets it to what it was.
+    Raises UserError where a user's function cannot be loaded.
     """
 
     def __init__(self, rules: dict[str, RewardRule], *, models: dict[str, Scorer] | None = None,
@@ -75,8 +75,11 @@ class Rewards:
             raise
 
     def __call__(self, samples: list[Sample]) -> Scored:
-        """Returns the scores of a batch. Raises RunError where a reward failed on more samples than `max_errors` in the run; its
-        `result` then holds the incidents of this batch."""
+        """Returns the scores of a batch.
+
+        Raises RunError where a reward failed on more samples than `max_errors` in the run; its `result` then holds the
+        incidents of this batch.
+        """
         parts, incidents = {}, []
         for name, reward in self._by_name.items():
             rule, found = self.rules[name], []
