@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from align_arrays import ACTION_BR, B, R, actions, close, differences, logps, normal, poisoned
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxllm.align import kl, ppo, ppo_metrics, score_scale
+from jaxllm.align import grpo, kl, ppo, ppo_metrics, score_scale
 
 ESTIMATES = {
     "k1": lambda p, q: math.log(p / q),
@@ -330,3 +331,30 @@ def test_equal_scores_and_empty_batches_leave_the_scale_alone():
         moments = moments.merged(tied_B, np.full(3, real))
     assert moments.std() == 1 and moments.mean == np.float32(0.1) and moments.count == 9
     assert (score_scale.scaled(tied_B, moments) == tied_B).all() and not score_scale.normalised(tied_B, moments).any()
+
+
+# On a mesh
+
+
+def test_split_over_devices_equals_one_device():
+    """The batch's mean and variance are over all devices' rows, a group's over both of those that hold it."""
+    action_BR = np.concatenate([ACTION_BR, ACTION_BR, ACTION_BR[:4]])
+    (old_BR, ref_BR), score_B = (normal(seed, 16, R) for seed in (30, 31)), normal(32, 16)
+
+    def step(logp_BR, score_B, action_BR):
+        reward_BR = ppo.whiten(ppo.token_rewards(score_B, old_BR, ref_BR, action_BR, beta=0.1), action_BR, keep_mean=True)
+        advantage_BR = ppo.whiten(ppo.gae(reward_BR, ref_BR, action_BR)[0], action_BR, keep_mean=False)
+        by_group_BR = grpo.on_tokens(grpo.group_normalised(score_B, group_size=4), action_BR)
+        losses = (ppo.policy_loss, advantage_BR), (grpo.grpo_loss, by_group_BR)
+
+        def loss(logp_BR):
+            (by_token, tokens), (by_row, rows) = (f(logp_BR, old_BR, advantage_BR, action_BR) for f, advantage_BR in losses)
+            return by_token / tokens + by_row / rows
+
+        return jax.value_and_grad(loss)(logp_BR)
+
+    arrays = old_BR + 0.3 * normal(33, 16, R), score_B, action_BR
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in arrays]
+    for ours, wanted in zip(jax.jit(step)(*split), jax.jit(step)(*arrays), strict=True):
+        close(ours, wanted)

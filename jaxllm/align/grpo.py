@@ -32,7 +32,11 @@ def group_normalised(score_B, *, group_size: int, eps=1e-6):
 
 
 def leave_one_out(score_B, *, group_size: int):
-    """Returns score − mean of the others in its group (RLOO, Kool et al. 2019, Ahmadian et al. 2024)."""
+    """Returns score − mean of the others in its group (RLOO, Kool et al. 2019, Ahmadian et al. 2024).
+
+    RLOO's score has the KL penalty in it: `token_rewards` of ppo.py, summed over the row. Raises ValueError for groups
+    of one.
+    """
     if group_size < 2:
         raise ValueError(f"group_size={group_size}: should be at least 2, as each response is compared with the others")
     return group_centred(score_B, group_size=group_size) * (group_size / (group_size - 1))
@@ -67,7 +71,8 @@ def keep_informative(score_B, *, group_size: int):
 def overlong_punishment(length_B, *, max_length: int, cache: int):
     """Returns what is added to the score of a long response (DAPO, Yu et al. 2025), float32.
 
-    0 up to max_length − cache tokens, from there evenly down to −1 at max_length, and −1 beyond.
+    0 up to max_length − cache tokens, from there evenly down to −1 at max_length, and −1 beyond. Raises ValueError for a
+    cache that is not within max_length.
     """
     if not 0 < cache <= max_length:
         raise ValueError(f"cache={cache}: should be above 0 and at most max_length={max_length}")
