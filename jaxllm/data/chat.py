@@ -7,6 +7,7 @@ else becomes one: a user who types <|im_end|> has typed ten characters.
 A template is data: `Template` and the six of them below. Templates in Jinja, as models of others come with: chat_jinja.py.
 """
 
+import hashlib
 import itertools
 import re
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Chat(Protocol):
     """A template and a tokenizer."""
 
     name: str
+    hash: str  # of the template
 
     def encode(self, messages: list[dict], where: str = "") -> tuple[list[int], list[int]]:
         """Returns (ids, weights) of a conversation with at least one answer; raises UserError that begins with `where`."""
@@ -101,6 +103,7 @@ class TemplateChat:
 
     def __init__(self, template: Template, tokenizer: Tokenizer):
         self.name, self.template = template.name, template
+        self.hash = hashlib.sha256(repr(template).encode()).hexdigest()[:16]
         self.text = TypedText(tokenizer, {c: control_id(c, tokenizer, template.name) for c in template.controls})
 
     @property

@@ -7,6 +7,7 @@ what the text gains over that of the messages before with the generation prompt.
 """
 
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -56,6 +57,7 @@ class JinjaChat:
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "jinja", config: dict | None = None):
         self.name, self.source, config = name, source, config or {}
+        self.hash = hashlib.sha256(source.encode()).hexdigest()[:16]
         special = {token: i for token, i in getattr(tokenizer, "special", {}).items() if token != "<unk>"}
         written = {i: token for token, i in special.items()}
         bos = _token(config.get("bos_token")) or written.get(tokenizer.bos_id, "<bos>")
@@ -121,8 +123,8 @@ class JinjaChat:
         upto = self._render(messages[: i + 1], marks, where)
         self._check_prompt(prompt, messages[: i + 1], marks, where)
         if not text.startswith(prompt) or not text.startswith(upto):
-            raise UserError(f"{at(where)}message {i + 1}: template {self.name} writes it otherwise when others follow, so what "
-                            "is learned would not be what is sampled; put {% generation %} … {% endgeneration %} around answers")
+            raise UserError(f"{at(where)}message {i + 1}: template {self.name} writes it otherwise when others follow, so "
+                            "what is learned would not be what is sampled; put {% generation %} around its answers")
         ends = [found.end() for found in self.text.in_template.finditer(upto, len(prompt))]
         return len(prompt), ends[-1] if ends else len(upto)
 
