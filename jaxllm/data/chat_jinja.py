@@ -62,7 +62,7 @@ class JinjaChat:
         written = {i: token for token, i in special.items()}
         bos = _token(config.get("bos_token")) or written.get(tokenizer.bos_id, "<bos>")
         eos = _token(config.get("eos_token")) or written.get(tokenizer.eos_id, "<eos>")
-        controls = special | {bos: tokenizer.bos_id, eos: tokenizer.eos_id}
+        controls = {bos: tokenizer.bos_id, eos: tokenizer.eos_id} | special
         for token in sorted(_control_names(config) | set(LOOKS_LIKE_CONTROL.findall(source))):
             try:
                 controls.setdefault(token, control_id(token, tokenizer, name))
