@@ -79,7 +79,7 @@ class Task:
 
     def example(self, i: int, time: int, seed: int, most_shots: int | None = None) -> Example:
         """Returns row i as it is drawn the `time`-th time, with `most_shots` exemplars at most."""
-        source, row, key = self.source, self.rows[i], (seed, self.name, time, self.rows[i].where)
+        source, row, key = self.source, self.rows[i], (seed, self.name, time, i)
         inverted = bool(self.inverted) and draw("invert", *key) < source.invert
         template = pick(self.inverted if inverted else self.templates, "template", *key)
         reasons = not inverted and row.reasons and draw("rationale", *key) < source.rationale
@@ -90,7 +90,7 @@ class Task:
     def question(self, i: int, *, template: int = 0, shots: int = 0, reasons: bool = False, seed: int = 0) -> Example:
         """Returns row i by one template, to measure with: the last message is the target."""
         row = self.rows[i]
-        exemplars = self._exemplars(row, shots, reasons, (seed, self.name, "question", row.where))
+        exemplars = self._exemplars(row, shots, reasons, (seed, self.name, "question", i))
         return self.written(row, self.templates[template], exemplars, reasons)
 
     def written(self, row: Row, template: TaskTemplate, exemplars: list[Row], reasons: bool) -> Example:
