@@ -17,13 +17,13 @@ from jaxllm.data.chat import checked, shown, with_answer
 from jaxllm.data.draws import permutation
 from jaxllm.data.instruction_config import InstructionData, InstructionSource
 from jaxllm.data.instruction_tasks import Example, Row, Task, TaskTemplate, task_of
+from jaxllm.data.json_rows import FORMATS, json_rows
 from jaxllm.data.rationale import split_answer
 from jaxllm.data.read import files_at
 from jaxllm.data.streams import BOM, Stream
 from jaxllm.data.tokenize import is_held_out
 from jaxllm.errors import UserError, nearest
 
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PROMPTS, RESPONSES = ("prompt", "instruction", "question"), ("response", "output", "answer", "completion")
 
 
@@ -112,7 +112,7 @@ def digest(member: Member) -> str:
 def read_source(name: str, source: InstructionSource, key: str | None = None) -> list[Member]:
     """Returns a source's members, one of each file; raises UserError that names file and line."""
     where = f"{key or f'data.sources.{name}.path'}={source.path}"
-    files = files_at(pathlib.Path(source.path).expanduser(), (*LINES, ".json"), where)
+    files = files_at(pathlib.Path(source.path).expanduser(), (*FORMATS, ".json"), where)
     tasks = {path: _object(path) for path in files if path.name.lower().endswith(".json")}
     of_tasks = {(path.parent / task["rows"]).resolve() for path, task in tasks.items() if isinstance(task.get("rows"), str)}
     files = [path for path in files if path in tasks or path.resolve() not in of_tasks]
@@ -204,7 +204,7 @@ def _rows_of_task(task: dict, path: pathlib.Path) -> list[Row]:
             raise UserError(f"{path}: columns: should be a list of names for the columns of {rows}, was {shown(columns)}")
         found = [_of_columns(line, columns, f"{file}:{n}") for n, line in _text_lines(file)]
     else:
-        found = _lines(file)
+        found = _lines(file, f"{path}: rows")
     for row in found:
         if not isinstance(row.fields, dict):
             raise UserError(f"{row.where}: should be an object, was {shown(row.fields)}")
@@ -222,24 +222,18 @@ def _object(path: pathlib.Path) -> dict:
     text = "\n".join(line for _, line in _text_lines(path))
     try:
         found = json.loads(text)
-    except ValueError as e:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON: {e}") from None
     if not isinstance(found, dict) or "templates" not in found:
         raise UserError(f"{path}: should hold a task, an object with \"templates\" and \"rows\"; examples go in .jsonl files")
     return found
 
 
-def _lines(path: pathlib.Path) -> list[Row]:
-    rows = []
-    for n, line in _text_lines(path):
-        try:
-            fields = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}:{n}: not valid JSON: {e}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}:{n}: should be an object, was {shown(fields)}")
-        rows.append(Row(fields, f"{path}:{n}"))
-    return rows
+def _lines(path: pathlib.Path, key: str = "data.sources") -> list[Row]:
+    return [Row(fields, where) for where, fields in json_rows(str(path), key)]
 
 
 def _text_lines(path: pathlib.Path) -> list[tuple[int, str]]:

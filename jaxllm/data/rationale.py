@@ -53,20 +53,11 @@ def matching(response: str, pattern: str) -> str | None:
 
 def same_answer(answer: str | None, wanted: str) -> bool:
     """Tells whether two answers are the same number, or the same words but for case, white space and a full stop."""
-    if answer is None:
-        return False
-    a, b = _plain(answer), _plain(wanted)
-    if NUMBER.fullmatch(a) and NUMBER.fullmatch(b):
-        return float(last_number(a)) == float(last_number(b))
-    return a == b
+    return answer is not None and normal(answer) == normal(wanted)
 
 
-def _plain(answer: str) -> str:
+def normal(answer: str) -> str:
+    """Returns the one form that all answers have which are the same, to count votes by (self-consistency)."""
     text = " ".join(answer.split()).casefold().rstrip(".")
-    return text[1:-1] if re.fullmatch(r"\(\w\)", text) else text  # (b) is b
-
-
-def majority(answers: list[str | None]) -> str | None:
-    """Returns the answer that most samples gave, of equals the earliest (Wang et al. 2023, self-consistency); None for none."""
-    given = [answer for answer in answers if answer is not None]
-    return max(given, key=lambda one: sum(same_answer(one, other) for other in given)) if given else None
+    text = text[1:-1] if re.fullmatch(r"\(\w\)", text) else text  # (b) is b
+    return f"{float(last_number(text)):.12g}" if NUMBER.fullmatch(text) else text
