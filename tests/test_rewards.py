@@ -305,7 +305,7 @@ def test_a_sample_that_fails_is_named_and_costs_no_other(code, name):
         scored = made(BATCH)
         assert scored.score_B.tolist() == [1, -1, 1]
         (incident,) = scored.incidents
-        assert (incident.reward, incident.index) == ("mine", 1) and BATCH[1].prompt.startswith(incident.prompt)
+        assert (incident.source, incident.index) == ("rewards.mine", 1) and BATCH[1].prompt.startswith(incident.prompt)
         assert FAILS[name] in incident.reason and "\n" not in str(incident) and len(str(incident)) < 500
         assert made(BATCH[:1]).score_B.tolist() == [1]  # it goes on
 
@@ -433,7 +433,7 @@ def test_a_pattern_that_takes_for_ever_is_stopped():
     with Rewards(rules) as made:
         scored = made([sample("aaa", answer="b"), sample("a" * 60 + "!", answer="b"), sample("aab", answer="b")])
     assert scored.part_B["slow"].tolist() == [1, -1, 0] and scored.part_B["found"].tolist() == [0, 0, 1]
-    assert {(i.reward, i.index) for i in scored.incidents} == {("slow", 1), ("found", 1)}
+    assert {(i.source, i.index) for i in scored.incidents} == {("rewards.slow", 1), ("rewards.found", 1)}
 
 
 LOADS = {

@@ -22,6 +22,10 @@ class Failure(Exception):
     """A call of the user's code that gave no value: why, in one line."""
 
 
+class Gone(Failure):
+    """The call took too long or ended its process: the code is to blame, not what it was given."""
+
+
 class Guarded:
     """A user's code in another process. The process is started at the first call, and again after one that it did not survive.
 
@@ -73,11 +77,11 @@ class Guarded:
             self._channel.send_bytes(json.dumps(message).encode())
             if not self._channel.poll(seconds):
                 self.close()
-                raise Failure(f"took longer than {seconds:g} s")
+                raise Gone(f"took longer than {seconds:g} s")
             answer = json.loads(self._channel.recv_bytes())
         except (EOFError, OSError):
             code = self._ended()
-            raise Failure(f"ended its process ({code})") from None
+            raise Gone(f"ended its process ({code})") from None
         except BaseException:  # Ctrl-C while it waits: an answer that comes later must not be taken for the next call's
             self.close()
             raise

@@ -24,6 +24,7 @@ from jaxllm.errors import UserError, nearest
 
 MOST_PRINTED = 1 << 20  # bytes kept of what the code prints
 LONGEST_REASON = 300  # characters
+MOST_EPISODES = 10_000  # environments kept
 
 
 def serve(fd: int) -> None:
@@ -145,7 +146,45 @@ def text_of(function: str) -> Callable:
     return tool
 
 
-CALLS = {"scores": scores_of, "text": text_of}
+def episodes_of(function: str) -> Callable:
+    """Returns what takes a turn of one of many episodes: a prompt, or [text, whether it is done, a score or None]."""
+    make = load_function(function)
+    # An episode's number -> (its environment, turns taken). One that is not here is played again up to where it was.
+    running = {}
+
+    def call(message: dict):
+        number, past, step = message["episode"], message["past"], message["step"]
+        environment, turns = running.pop(number, (None, -1))
+        if step is None or turns != len(past):
+            environment = make()
+            prompt = environment.reset(message["row"])
+            if step is None:
+                _keep(number, (environment, 0))
+                return _is(prompt, str | list, "reset", "text or messages")
+            for earlier in past:
+                environment.step(earlier)
+        text, done, score = _is(environment.step(step), tuple | list, "step", "(text, done, score)")
+        if score is not None and isinstance(score := checked([score], 1)[0], Failed):
+            raise ValueError(f"step returned a score that is {score}")
+        if not done:
+            _keep(number, (environment, len(past) + 1))
+        return [_is(text, str, "step", "text first"), bool(done), score]
+
+    def _keep(number, episode):
+        running[number] = episode
+        while len(running) > MOST_EPISODES:  # episodes that were cut off are never told to be over
+            running.pop(next(iter(running)))
+
+    return call
+
+
+def _is(found, kind, method: str, should: str):
+    if not isinstance(found, kind):
+        raise TypeError(f"{method} returned {type(found).__name__}, should be {should}")
+    return found
+
+
+CALLS = {"scores": scores_of, "text": text_of, "episodes": episodes_of}
 
 
 def checked(found, n: int) -> list:

@@ -27,16 +27,17 @@ PROMPT_SHOWN = 60  # characters
 
 @dataclasses.dataclass(frozen=True)
 class Incident:
-    """A sample that a reward could not score."""
+    """A sample that could not be scored, or an episode in which something failed."""
 
-    reward: str
+    source: str  # "rewards.NAME" or "environment"
     index: int  # in the batch
     prompt: str  # its beginning
     reason: str
-    score: float  # what it got
+    score: float | None  # what it got instead; None: the episode goes on
 
     def __str__(self):
-        return f"reward {self.reward!r}, sample {self.index} ({self.prompt!r}): {self.reason}; scored {self.score:g}"
+        then = "the episode goes on" if self.score is None else f"scored {self.score:g}"
+        return f"{self.source}: sample {self.index} ({self.prompt!r}): {self.reason}; {then}"
 
 
 class Scored(NamedTuple):
@@ -85,7 +86,8 @@ class Rewards:
             rule, found = self.rules[name], []
             for i, score in enumerate(reward(samples, rule.max_errors - self.errors[name])):
                 if isinstance(score, Failed):
-                    incidents.append(Incident(name, i, samples[i].prompt[:PROMPT_SHOWN], str(score), rule.on_error))
+                    prompt = samples[i].prompt[:PROMPT_SHOWN]
+                    incidents.append(Incident(f"rewards.{name}", i, prompt, str(score), rule.on_error))
                     self.errors[name] += 1
                     score = rule.on_error
                 found.append(score)
