@@ -9,7 +9,7 @@ from fractions import Fraction
 
 LONGEST, DEEPEST = 200, 30  # characters, and brackets and signs inside each other
 MOST_BITS = 512  # of a number on the way: about 154 digits
-TOKEN = re.compile(r"\s*(\d[\d,]*(?:\.\d+)?|\.\d+|\*\*|[-+*/%^()])")
+TOKEN = re.compile(r"\s*(\d[\d,]*(?:\.\d+)?|\.\d+|\*\*|[-+*/%^()])", re.ASCII)
 SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", ":": "/"})
 
 

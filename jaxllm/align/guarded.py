@@ -10,7 +10,7 @@ import sys
 import time
 from multiprocessing.connection import Pipe
 
-from jaxllm.errors import RunError, UserError
+from jaxllm.errors import UserError
 
 START_SECONDS = 300.0  # for the process to come up and load the user's file, which may import much
 # Not multiprocessing: it would run the main script again in the child, and could not end what the user's code starts.
@@ -56,10 +56,7 @@ class Guarded:
 
     def call(self, argument, seconds: float):
         """Returns what the code makes of `argument` (JSON). Raises Failure where it raises, or takes longer than `seconds`."""
-        try:
-            self.start()
-        except UserError as e:  # it loaded once, or whoever made this has not called start()
-            raise RunError(str(e)) from None
+        self.start()
         return self._ask({"argument": argument, "seconds": seconds}, seconds)
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ Messages are JSON both ways, so that nothing the code returns is ever executed o
 """
 
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -112,7 +111,7 @@ def load_function(function: str) -> Callable:
     except BaseException as e:
         raise UserError(f"{function}: cannot be loaded: {told(e)}") from None
     if not callable(getattr(module, attribute, None)):
-        found = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == path.stem]
         raise UserError(f"{function}: the file has no such function; {nearest(attribute, found)}")
     return getattr(module, attribute)
 

@@ -154,19 +154,22 @@ class UserReward:
                 return [Failed(f"{e} (the batch of {len(sent)})")] * len(sent)
             if len(sent) == 1:
                 return [Failed(str(e))]
-        found, until = [], time.monotonic() + self.rule.timeout
+        found, spent = [], 0.0
         for sample in sent:
             if sum(isinstance(one, Failed) for one in found) > left:
                 found.append(Failed("not tried: more than max_errors failed before"))
                 continue
-            seconds = min(self.rule.sample_timeout, until - time.monotonic())
+            seconds = min(self.rule.sample_timeout, self.rule.timeout - spent)
             if seconds <= 0:
                 found.append(Failed(f"not tried: those before it took longer than timeout={self.rule.timeout:g} s"))
                 continue
+            self._code.start()  # not on the time of the samples: a file may import much
+            began = time.monotonic()
             try:
                 found += self._scores([sample], seconds)
             except Failure as e:
                 found.append(Failed(str(e)))
+            spent += time.monotonic() - began
         return found
 
     def _scores(self, sent: list[dict], seconds: float) -> list[float | Failed]:

@@ -7,7 +7,6 @@ turned into text and back.
 """
 
 import dataclasses
-import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,9 +19,6 @@ from jaxllm.align.rules import Sample
 from jaxllm.data.prompts import left_padded, text_of
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import RunError, UserError
-
-if typing.TYPE_CHECKING:
-    from jaxllm.data.chat import Chat
 
 # prompts -> for each the tokens that were sampled, their log-probabilities, and whether the last is the end token
 Generate = Callable[[list[list[int]]], Sequence[tuple[Sequence[int], Sequence[float], bool]]]
@@ -100,10 +96,12 @@ class Player:
     def _begin(self, episode: _Episode, i: int, prompt_slots: int, incidents: list[Incident]) -> None:
         try:
             prompt = episode.environment.reset(episode.row)
+            episode.text, episode.prompt = text_of(prompt), list(self.encode(prompt))
+        except UserError:  # of the chat template
+            raise
         except Exception as e:
-            prompt = episode.row.get("prompt", "")
+            episode.text, episode.prompt = str(episode.row.get("prompt", "")), [self.tokenizer.bos_id]
             self._failed(episode, i, e, incidents)
-        episode.text, episode.prompt = text_of(prompt), list(self.encode(prompt))
         if not 1 <= len(episode.prompt) <= prompt_slots:
             raise ValueError(f"the prompt of episode {i} has {len(episode.prompt)} tokens; should be 1 to {prompt_slots}")
 
@@ -176,7 +174,7 @@ def plain_reply(tokenizer: Tokenizer) -> Reply:
     return lambda text, ended: tokenizer.encode(text)
 
 
-def chat_reply(chat: "Chat") -> Reply:
+def chat_reply(chat) -> Reply:
     """Returns what puts an environment's text behind the policy's as a message of the role "tool", and opens the next turn.
 
     Where the policy did not end its turn, the end token is put there in its place.
