@@ -31,7 +31,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxllm", "jaxllm.*"]),
-    package_data={"jaxllm": ["*.yaml", "plan/*.yaml", "data/review/*.html"]},
+    package_data={"jaxllm": ["*.yaml", "plan/*.yaml", "data/review/*.html", "align/collect/*.html"]},
     entry_points={"console_scripts": ["jaxllm = jaxllm.cli:entry_point"]},
     install_requires=[
         "jax>=0.7.2",

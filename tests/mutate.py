@@ -220,7 +220,7 @@ FAULTS = [
           "tests/test_data_review.py -k 'browser or elsewhere'"),
     Fault("labels are written in place", "jaxllm/data/review/labels.py", 'part = self.path.with_name(self.path.name + ".part")\n        with writing(self.path)',
           "part = self.path\n        with writing(self.path)", "tests/test_data_review.py -k full_disk"),
-    Fault("any site may send labels", "jaxllm/data/review/serve.py", 'origin.removeprefix("http://") in hosts', "True",
+    Fault("any site may send labels", "jaxllm/data/review/local.py", 'origin.removeprefix("http://") in hosts', "True",
           "tests/test_data_review.py -k machines"),
     Fault("the near ones are not drawn apart", "jaxllm/data/review/sample.py", "bool(abs(value - threshold) <= reach)",
           "bool(abs(value - threshold) > reach)", "tests/test_data_review.py -k near"),

@@ -24,9 +24,10 @@ from jaxllm.data.review import agreement, estimate
 from jaxllm.data.review.config import ReviewVerb
 from jaxllm.data.review.estimate import Stratum
 from jaxllm.data.review.labels import Label, Labels, export, take
+from jaxllm.data.review.local import make_server
 from jaxllm.data.review.results import results, verdicts
 from jaxllm.data.review.sample import Item, Sample, draw, limit, lines, nearness, open_sample, rows
-from jaxllm.data.review.serve import Review, make_server
+from jaxllm.data.review.serve import Review
 from jaxllm.errors import RunError, UserError
 
 

@@ -1,17 +1,15 @@
 """`jaxllm data review FOLDER`: draws the sample, serves the page, takes and gives CSV, tells what the labels say."""
 
-import contextlib
-import fcntl
 import json
 import pathlib
-import signal
 
 from jaxllm.data.review import labels as labels_file
 from jaxllm.data.review.config import ReviewVerb
 from jaxllm.data.review.labels import Labels, check_name
+from jaxllm.data.review.local import alone, serve
 from jaxllm.data.review.results import results, told
 from jaxllm.data.review.sample import manifest_bytes, open_sample, write_whole
-from jaxllm.data.review.serve import Review, make_server
+from jaxllm.data.review.serve import Review
 from jaxllm.errors import UserError, writing
 
 
@@ -26,21 +24,8 @@ def main(cfg: ReviewVerb) -> dict:
     with writing(output):
         manifest_bytes(folder)  # before anything is made in a folder that is none of ours
         output.mkdir(parents=True, exist_ok=True)
-    with alone_in(output):
+    with alone(output / "review.lock", f"{output}: another `jaxllm data review` serves it; stop that one first"):
         return _review(cfg, folder, output)
-
-
-@contextlib.contextmanager
-def alone_in(output: pathlib.Path):
-    """Holds the folder for this process, as a second one would write over the first one's labels. A kill frees it."""
-    with writing(output):
-        lock = (output / "review.lock").open("a+", encoding="utf-8")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{output}: another `jaxllm data review` serves it; stop that one first") from None
-        yield
 
 
 def _review(cfg: ReviewVerb, folder: pathlib.Path, output: pathlib.Path) -> dict:
@@ -55,23 +40,11 @@ def _review(cfg: ReviewVerb, folder: pathlib.Path, output: pathlib.Path) -> dict
         n = labels_file.take(pathlib.Path(cfg.import_csv), sample.items, labels, cfg.expert)
         print(f"{cfg.import_csv}: {n} labels taken")
     elif cfg.serve:
-        _serve(Review(sample, labels, cfg), cfg.port)
+        serve(Review(sample, labels, cfg), cfg.port, f"{len(sample.items)} documents to label at ADDRESS "
+              "(Ctrl-C ends; every label is saved as it is given)")
     found = results(sample, labels, cfg)
     with writing(output):
         write_whole(output / "results.json", json.dumps(found, indent=1) + "\n")
     print(told(found))
     print(f"\n{output / 'results.json'}")
     return {"output": str(output), **found}
-
-
-def _serve(review: Review, port: int) -> None:
-    """Answers the page until Ctrl-C or SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it puts in the background with Ctrl-C ignored
-        signal.signal(number, signal.default_int_handler)
-    with make_server(review, port) as server:
-        print(f"{len(review.sample.items)} documents to label at http://127.0.0.1:{server.server_address[1]}/ "
-              "(Ctrl-C ends; every label is saved as it is given)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
