@@ -22,7 +22,7 @@ class Verb:
     function: str  # module:function(cfg) -> dict or None
     usage: str
     summary: str
-    takes: str = "config"  # what stands after the verb: a config file, a run folder, or several
+    takes: str = "config"  # what stands after the verb: config, run, runs, run or nothing, nothing
 
 
 VERBS = {
@@ -38,6 +38,9 @@ VERBS = {
                      "continue prompts with a trained model", takes="run"),
     "chat": Verb("jaxllm.generate.config:ChatVerb", "jaxllm.generate.chat:main", "chat RUN",
                  "talk to a trained model in the terminal", takes="run"),
+    "rlhf collect": Verb("jaxllm.align.collect.config:CollectVerb", "jaxllm.align.collect.verb:main",
+                         "rlhf collect [RUN] --prompts=FILE | --answers=FILE",
+                         "let people compare answers in the browser; write preferences", takes="run or nothing"),
     "report": Verb("jaxllm.report.config:ReportVerb", "jaxllm.report.page:main", "report RUN [RUN ...]",
                    "write one HTML page of curves, samples and settings", takes="runs"),
     "plan compile": Verb("jaxllm.plan.compile_config:CompileVerb", "jaxllm.plan.compile:main",
@@ -156,8 +159,10 @@ def parse(verb: Verb, argv: list[str]):
         raise UserError(f"expected one run folder, found {words or 'none'}; usage: jaxllm {verb.usage}")
     if verb.takes == "runs" and not words:
         raise UserError(f"expected at least one run folder; usage: jaxllm {verb.usage}")
+    if verb.takes == "run or nothing" and len(words) > 1:
+        raise UserError(f"expected one run folder at most, found {words}; usage: jaxllm {verb.usage}")
     cfg = config.load(_find(verb.settings), None, overrides)
-    if verb.takes == "run":
+    if words and verb.takes in ("run", "run or nothing"):
         cfg = dataclasses.replace(cfg, run=words[0])
     elif verb.takes == "runs":
         cfg = dataclasses.replace(cfg, runs=tuple(words))

@@ -82,6 +82,18 @@ def test_agreement_is_one_when_all_agree_and_about_nought_by_chance():
     assert len(found["cohen"]) == 3
 
 
+def test_documents_of_one_cluster_count_once_for_an_interval():
+    """Each document four times over: the figures stay, and only with clusters do the intervals."""
+    rng = np.random.default_rng(3)
+    once = {f"d{i:02}": {e: str(rng.choice(["keep", "drop"], p=[0.8, 0.2])) for e in "ab"} for i in range(60)}
+    often = {f"{doc}/{k}": found for doc, found in once.items() for k in range(4)}
+    alone, apart = agreement.summary(once, ("keep", "drop"), 0.95, 0), agreement.summary(often, ("keep", "drop"), 0.95, 0)
+    together = agreement.summary(often, ("keep", "drop"), 0.95, 0, cluster=lambda doc: doc.split("/")[0])
+    for name in ("fleiss", "krippendorff"):
+        assert together[name].low == pytest.approx(alone[name].low, abs=0.01) and apart[name].low > alone[name].low + 0.03
+    assert together["cohen"][0]["kappa"] == pytest.approx(alone["cohen"][0]["kappa"])
+
+
 def test_agreement_is_not_defined_when_there_is_one_label_only():
     found = agreement.summary({"a": {"x": "keep", "y": "keep"}, "b": {"x": "keep", "y": "keep"}}, ("keep", "drop"), 0.95, 0)
     assert found["krippendorff"].value is None and found["cohen"][0]["kappa"].value is None

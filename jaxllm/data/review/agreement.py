@@ -5,6 +5,7 @@ a function of sums over documents, so all resamples are one matrix product.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -52,11 +53,16 @@ def _beyond_chance(disagree_R, expected_R):
     return 1 - np.divide(disagree_R, expected_R, out=np.full_like(expected_R, np.nan), where=expected_R > 1e-12)
 
 
-def resamples(n: int, seed: int) -> np.ndarray:
-    """Returns weight_RU: how often each document is in each resample; in the first, once."""
+def resamples(n: int, seed: int, cluster_U: np.ndarray | None = None) -> np.ndarray:
+    """Returns weight_RU: how often each document is in each resample; in the first, once.
+
+    Documents of one cluster (numbered from 0) are drawn together, as what is said of one tells something of the others.
+    """
+    cluster_U = np.arange(n) if cluster_U is None else cluster_U
+    n_clusters = int(cluster_U.max()) + 1
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    return np.concatenate([np.ones((1, n)), drawn])
+    drawn = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), RESAMPLES)
+    return np.concatenate([np.ones((1, n)), drawn[:, cluster_U]])
 
 
 def interval(value_R: np.ndarray, confidence: float) -> Estimate:
@@ -69,28 +75,38 @@ def interval(value_R: np.ndarray, confidence: float) -> Estimate:
     return Estimate(float(value_R[0]), float(low), float(high))
 
 
-def summary(labels: dict[str, dict[str, str]], categories: tuple[str, ...], confidence: float, seed: int) -> dict:
-    """Returns every coefficient of {document: {expert: label}}; a document with one label counts for none."""
+def summary(labels: dict[str, dict[str, str]], categories: tuple[str, ...], confidence: float, seed: int,
+            cluster: Callable[[str], str] = str) -> dict:
+    """Returns every coefficient of {document: {expert: label}}; a document with one label counts for none.
+
+    Documents with the same `cluster(document)` are drawn together for the intervals.
+    """
     shared = {doc: found for doc, found in labels.items() if len(found) > 1}
     out = {"documents": len(shared), "same": sum(len(set(found.values())) == 1 for found in shared.values())}
     if not shared:
         return out
     place = {category: k for k, category in enumerate(categories)}
+    cluster_U = np.unique([cluster(doc) for doc in shared], return_inverse=True)[1]
+
+    def weights(chosen_U):
+        return resamples(int(chosen_U.sum()), seed, np.unique(cluster_U[chosen_U], return_inverse=True)[1])
+
     count_UK = np.zeros((len(shared), len(categories)))
     for u, found in enumerate(shared.values()):
         for label in found.values():
             count_UK[u, place[label]] += 1
-    out["krippendorff"] = interval(krippendorff(count_UK, resamples(len(shared), seed)), confidence)
+    out["krippendorff"] = interval(krippendorff(count_UK, weights(np.ones(len(shared), bool))), confidence)
     numbers, times = np.unique(count_UK.sum(1), return_counts=True)
-    usual = count_UK[count_UK.sum(1) == numbers[times.argmax()]]
-    out["fleiss"] = interval(fleiss(usual, resamples(len(usual), seed)), confidence)
-    out["fleiss_documents"], out["fleiss_experts"] = len(usual), int(numbers[times.argmax()])
+    usual_U = count_UK.sum(1) == numbers[times.argmax()]
+    out["fleiss"] = interval(fleiss(count_UK[usual_U], weights(usual_U)), confidence)
+    out["fleiss_documents"], out["fleiss_experts"] = int(usual_U.sum()), int(numbers[times.argmax()])
     experts = sorted({expert for found in shared.values() for expert in found})
     out["cohen"] = []
     for a, b in itertools.combinations(experts, 2):
-        both = [(place[found[a]], place[found[b]]) for found in shared.values() if a in found and b in found]
-        if both:
-            a_U, b_U = np.array(both).T
-            kappa = interval(cohen(a_U, b_U, len(categories), resamples(len(both), seed)), confidence)
-            out["cohen"].append({"experts": [a, b], "documents": len(both), "same": int((a_U == b_U).sum()), "kappa": kappa})
+        both_U = np.array([a in found and b in found for found in shared.values()])
+        if both_U.any():
+            by_both = [found for found in shared.values() if a in found and b in found]
+            a_U, b_U = np.array([(place[found[a]], place[found[b]]) for found in by_both]).T
+            kappa = interval(cohen(a_U, b_U, len(categories), weights(both_U)), confidence)
+            out["cohen"].append({"experts": [a, b], "documents": len(a_U), "same": int((a_U == b_U).sum()), "kappa": kappa})
     return out

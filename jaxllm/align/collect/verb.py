@@ -1,0 +1,59 @@
+"""`jaxllm rlhf collect RUN`: samples answers or reads them, serves the page, tells what the comparisons say."""
+
+import pathlib
+import sys
+
+from jaxllm.align.collect.config import CollectVerb
+from jaxllm.align.collect.items import Items, ReadyItems, read_prompts
+from jaxllm.align.collect.labels import Labels
+from jaxllm.align.collect.results import results, told
+from jaxllm.align.collect.sampling import SampledItems, Writer
+from jaxllm.align.collect.serve import Collect
+from jaxllm.data.review.local import alone, serve
+from jaxllm.errors import UserError, stopping_at_once
+
+
+def main(cfg: CollectVerb) -> dict:
+    """Returns the output and what it says."""
+    check(cfg)
+    output = pathlib.Path(cfg.output)
+    with alone(output.with_suffix(".lock"), f"{output}: another `jaxllm rlhf collect` serves it; stop that one first"):
+        labels = Labels(output)
+        with stopping_at_once(cfg.output):
+            items = items_of(cfg, output.with_suffix(".answers.jsonl"))
+        app = Collect(items, labels, cfg)
+        if cfg.serve:
+            serve(app, cfg.port, f"{len(items.keys)} items to compare at ADDRESS "
+                  "(Ctrl-C ends; every comparison is saved as it is given)")
+        found = results(items, labels, cfg.confidence, cfg.seed)
+        print(told(found))
+        print(output)
+        return {"output": str(output), **found}
+
+
+def check(cfg: CollectVerb) -> None:
+    """Raises UserError where it is not clear what is compared."""
+    if (cfg.prompts is None) == (cfg.answers is None):
+        raise UserError("give one of --prompts=FILE, which the run's model answers, and --answers=FILE, of ready answers"
+                        + (", not both" if cfg.prompts is not None else ""))
+    if cfg.prompts is not None and not cfg.run:
+        raise UserError("--prompts=FILE needs a run whose model answers: jaxllm rlhf collect RUN --prompts=FILE")
+    if cfg.answers is not None and cfg.run:
+        raise UserError(f"--answers=FILE needs no run, found {cfg.run!r}; give --prompts=FILE to sample from it")
+    if not cfg.output.endswith(".jsonl"):
+        raise UserError(f"output={cfg.output}: should end in .jsonl")
+    if cfg.output.endswith(".answers.jsonl") or cfg.output in (cfg.prompts, cfg.answers):
+        raise UserError(f"output={cfg.output}: is where answers come from; should be a file of its own")
+
+
+def items_of(cfg: CollectVerb, sampled: pathlib.Path) -> Items:
+    """Returns what is compared, answers sampled where they are not asked for on demand."""
+    if cfg.answers is not None:
+        items: ReadyItems | SampledItems = ReadyItems(cfg.answers, cfg.items, cfg.seed)
+    else:
+        items = SampledItems(read_prompts(cfg.prompts, cfg.items, cfg.seed), cfg, sampled, Writer(cfg))
+        if cfg.serve and not cfg.on_demand:
+            items.sample_all()
+    if items.n_same:
+        print(f"{items.n_same} left out: no two answers of theirs are different and not empty", file=sys.stderr)
+    return items
