@@ -372,17 +372,24 @@ def asked(port, method, path, body=None, **headers):
     return answer.status, json.loads(text) if answer.headers.get_content_type() == "application/json" else text
 
 
-def started(*words):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "jaxllm", "rlhf", "collect", *words, "--port=0"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    return process, int(re.search(r"http://127.0.0.1:(\d+)/", process.stdout.readline())[1])
+COMMAND = [sys.executable, "-m", "jaxllm", "rlhf", "collect"]
+HERE = {"text": True, "cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+
+
+@contextlib.contextmanager
+def started(*words, port=0):
+    """Yields (the command as it serves, its port); whatever happens, it is ended."""
+    process = subprocess.Popen([*COMMAND, *words, f"--port={port}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **HERE)
+    with process:
+        try:
+            yield process, int(re.search(r"http://127.0.0.1:(\d+)/", process.stdout.readline())[1])
+        finally:
+            process.kill()
 
 
 def test_a_kill_loses_no_comparison_that_was_answered_and_the_same_command_goes_on(tmp_path):
     words = [f"--answers={pairs(tmp_path / 'r.jsonl', 40)}", f"--output={tmp_path / 'out.jsonl'}", "--overlap=1", "--annotators=9"]
-    process, port = started(*words)
-    with process:
+    with started(*words) as (process, port):
         timer, answered = threading.Timer(0.02, process.kill), []
         with contextlib.suppress(OSError, http.client.HTTPException):
             for k in itertools.count():
@@ -394,9 +401,8 @@ def test_a_kill_loses_no_comparison_that_was_answered_and_the_same_command_goes_
                 assert asked(port, "POST", "/api/label", sent)[0] == 200
                 answered.append((item["id"], e))
         timer.join()
-    process, port = started(*words)
-    with process:
-        second = subprocess.run([sys.executable, "-m", "jaxllm", "rlhf", "collect", *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    with started(*words) as (process, port):
+        second = subprocess.run([*COMMAND, *words], capture_output=True, check=False, **HERE)
         assert second.returncode == 2 and "another `jaxllm rlhf collect` serves it" in second.stderr
         process.send_signal(signal.SIGTERM)
         out, wrong = process.communicate(timeout=30)
@@ -411,12 +417,8 @@ def test_a_runs_model_answers_prompts(tmp_path, capsys):
     prompts = write(tmp_path / "p.jsonl", *[{"prompt": f"the {w}"} for w in ("cat", "dog", "man")], {"prompt": [{"role": "user", "content": "hi"}]})
     words = [str(tmp_path / "run"), f"--prompts={prompts}", f"--output={tmp_path / 'out.jsonl'}", "--sample.max_tokens=8", "--n=3"]
     assert cli.main(["rlhf", "collect", *words, "--port=99999"]) == 2
-    assert cli.main(["rlhf", "collect", *words, "--serve=false"]) == 0
-    process, port = None, None
-    with pytest.raises(TypeError):  # a prompt of messages needs a template: told, and no page
-        process, port = started(*words)
-    process, port = started(*words, "--template=plain", "--on_demand")
-    with process:
+    assert cli.main(["rlhf", "collect", *words]) == 2 and "a prompt is a list of messages; --template=NAME" in capsys.readouterr().err
+    with started(*words, "--template=plain", "--on_demand") as (process, port):
         asked_for = [asked(port, "GET", f"/api/item?n={n}&annotator=ada")[1] for n in range(4)]
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
@@ -581,9 +583,8 @@ def test_more_than_two_answers_are_put_in_order_in_a_browser(tmp_path):
 def test_killed_with_the_page_open_and_gone_on(tmp_path):
     """The page says that nothing was saved, keeps what is shown, and goes on when the same command runs again."""
     words = [f"--answers={pairs(tmp_path / 'r.jsonl', 5)}", f"--output={tmp_path / 'out.jsonl'}"]
-    process, port = started(*words)
     with browser.Browser(tmp_path / "profile") as page:
-        with process:
+        with started(*words) as (process, port):
             page.open(f"http://127.0.0.1:{port}/?annotator=ada")
             page.wait("document.querySelector('.answers .text')")
             page.press("1")
@@ -592,10 +593,7 @@ def test_killed_with_the_page_open_and_gone_on(tmp_path):
         page.press("2")
         page.wait("document.getElementById('said').textContent.includes('nothing saved')")
         assert page.evaluate("item.n") == 1 and len(Labels(tmp_path / "out.jsonl").by) == 1
-        process = subprocess.Popen([sys.executable, "-m", "jaxllm", "rlhf", "collect", *words, f"--port={port}"], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        with process:
-            assert str(port) in process.stdout.readline()
+        with started(*words, port=port) as (process, _):
             page.press("2")
             page.wait("item.n === 2 && !busy")
             assert len(Labels(tmp_path / "out.jsonl").by) == 2

@@ -30,14 +30,18 @@ class Writer:
         self.chat = load_chat(self.cfg.template, self.engine.tokenizer) if self.cfg.template else None
 
     def __call__(self, prompts: list[Prompt]) -> list[tuple[str, ...]]:
-        """Returns up to n different answers of each prompt; which ones does not depend on the other prompts."""
+        """Returns up to n different answers of each prompt; which ones does not depend on the other prompts.
+
+        A prompt that leaves the model no room to answer has none.
+        """
         if self.engine is None:
             self.load()
         cfg, found = self.cfg, [() for _ in prompts]
         encoded = [self._encode(prompt) for prompt in prompts]
+        fit = [i for i, ids in enumerate(encoded) if len(ids) < self.engine.cfg.max_seq_len]
         for k in range(0, ROUNDS * cfg.n, cfg.n):
             tasks = [(i, int(digest(cfg.sample.seed, prompts[i], k + j), 16) % 2**32)
-                     for i in range(len(prompts)) if len(found[i]) < cfg.n for j in range(cfg.n)]
+                     for i in fit if len(found[i]) < cfg.n for j in range(cfg.n)]
             for at in range(0, len(tasks), cfg.batch_size):
                 part = tasks[at : at + cfg.batch_size]
                 made = self.engine.generate([encoded[i] for i, _ in part], cfg.sample, [seed for _, seed in part])
@@ -45,13 +49,10 @@ class Writer:
                     found[i] = different((*found[i], self._text(one)))[: cfg.n]
         return found
 
-    def _encode(self, prompt: Prompt) -> str | list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
         if self.chat:
-            return self.chat.prompt_ids(as_messages(prompt))
-        if not isinstance(prompt, str):
-            raise UserError(f"prompts={self.cfg.prompts}: a prompt is a list of messages; "
-                            "--template=NAME says how they become text, e.g. own")
-        return prompt
+            return self.chat.prompt_ids(as_messages(prompt), f"prompts={self.cfg.prompts}")
+        return [self.engine.tokenizer.bos_id, *self.engine.tokenizer.encode(prompt)]
 
     def _text(self, one) -> str:
         if self.chat is None or self.chat.end_id not in one.tokens:
@@ -64,6 +65,9 @@ class SampledItems:
 
     def __init__(self, prompts: list[Prompt], cfg: CollectVerb, path: pathlib.Path, write):
         self.prompts, self.cfg, self.write, self.lock = prompts, cfg, write, threading.Lock()
+        if cfg.template is None and not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"prompts={cfg.prompts}: a prompt is a list of messages; --template=NAME says how they "
+                            "become text, e.g. own")
         self.keys = [digest(prompt) for prompt in prompts]
         self.file = Appended(path)
         self.made_by = {"run": str(pathlib.Path(cfg.run).resolve().name), "n": cfg.n, "template": cfg.template,
@@ -89,19 +93,23 @@ class SampledItems:
         if self.keys[i] not in self.answers:
             with self.lock:  # one at a time on the device; who waited for the same prompts finds them there
                 if self.keys[i] not in self.answers:
-                    self._sample([j for j in range(len(self.keys)) if self.keys[j] not in self.answers], first=i)
+                    self._sample(self.missing(), first=i)
         return self.known(i)
+
+    def missing(self) -> list[int]:
+        """Returns the items that no answers were sampled of."""
+        return [i for i, key in enumerate(self.keys) if key not in self.answers]
 
     def sample_all(self) -> None:
         """Samples what is missing, and says how far it is."""
-        missing = [i for i in range(len(self.keys)) if self.keys[i] not in self.answers]
+        missing = self.missing()
         for at in range(0, len(missing), AHEAD):
             self._sample(missing[at : at + AHEAD], first=missing[at])
             print(f"answers of {len(self.answers)} of {len(self.keys)} prompts sampled", file=sys.stderr)
 
     @property
     def n_same(self) -> int:
-        """How many prompts are left out, as the model gave them no two different answers."""
+        """How many prompts are left out: the model gave them no two different answers, or they are too long for it."""
         return sum(len(self.answers.get(key, "ab")) < 2 for key in self.keys)
 
     def _sample(self, missing: list[int], first: int) -> None:

@@ -51,9 +51,11 @@ def items_of(cfg: CollectVerb, sampled: pathlib.Path) -> Items:
     if cfg.answers is not None:
         items: ReadyItems | SampledItems = ReadyItems(cfg.answers, cfg.items, cfg.seed)
     else:
-        items = SampledItems(read_prompts(cfg.prompts, cfg.items, cfg.seed), cfg, sampled, Writer(cfg))
-        if cfg.serve and not cfg.on_demand:
-            items.sample_all()
+        items = SampledItems(read_prompts(cfg.prompts, cfg.items, cfg.seed), cfg, sampled, write := Writer(cfg))
+        if cfg.serve and items.missing():
+            write.load()  # what is wrong with the run is told now, not to who comes first
+            if not cfg.on_demand:
+                items.sample_all()
     if items.n_same:
-        print(f"{items.n_same} left out: no two answers of theirs are different and not empty", file=sys.stderr)
+        print(f"{items.n_same} left out: they have no two answers that are different and not empty", file=sys.stderr)
     return items

@@ -7,6 +7,7 @@ import json
 import pathlib
 import secrets
 import signal
+import traceback
 import urllib.parse
 from typing import Protocol
 
@@ -97,6 +98,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._json({"error": str(e)}, 400)
         except RunError as e:  # the disk is full: the page says so and keeps what was typed
             self._json({"error": str(e)}, 507)
+        except Exception:  # a bug of ours: the terminal has the lines to report, and the page does not take it for our end
+            traceback.print_exc()
+            self._json({"error": "jaxllm failed here; the terminal says more"}, 500)
         else:
             self._json({"error": "no such page"} if found is None else found, 404 if found is None else 200)
 
