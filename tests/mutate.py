@@ -398,6 +398,7 @@ FAULTS += [  # the formulas of alignment
           "tests/test_align_ppo.py -k each_side"),
     Fault("the higher clip is the lower one", "jaxllm/align/ppo.py", "jnp.clip(ratio_, 1 - clip_low, 1 + clip_high)",
           "jnp.clip(ratio_, 1 - clip_low, 1 + clip_low)", "tests/test_align_grpo.py -k dapo"),
+    Fault("a ratio is infinite", "jaxllm/align/ppo.py", "FURTHEST = 20.0", "FURTHEST = 1e9", "tests/test_align_ppo.py -k beyond_float32"),
     Fault("the dual clip is for good actions", "jaxllm/align/ppo.py", "jnp.where(advantage_ < 0, jnp.maximum", "jnp.where(advantage_ > 0, jnp.maximum",
           "tests/test_align_ppo.py -k dual"),
     Fault("the value beyond the end is a value", "jaxllm/align/ppo.py", "jnp.where(acts_B, value_B, next_value_B)), advantage_B", "value_B), advantage_B",

@@ -58,7 +58,7 @@ def test_a_loss_is_its_papers_and_so_is_its_gradient(name):
     close(loss_B, [reference(*map(float, pair)) for pair in zip(CHOSEN_B, REJECTED_B, *beside, strict=True)])
     for a, b in zip(reward_B, rewards, strict=True):
         close(a, b)
-    slopes = jax.grad(lambda a, b: jnp.sum(ours(a, b, *beside)[0]), argnums=(0, 1))(CHOSEN_B, REJECTED_B)
+    slopes = jax.jit(jax.grad(lambda a, b: jnp.sum(ours(a, b, *beside)[0]), argnums=(0, 1)))(CHOSEN_B, REJECTED_B)
     wanted = (differences(lambda x: sum(map(reference, x, REJECTED_B.astype(float), *beside)), CHOSEN_B),
               differences(lambda x: sum(map(reference, CHOSEN_B.astype(float), x, *beside)), REJECTED_B))
     for a, b in zip(slopes, wanted, strict=True):
@@ -74,8 +74,8 @@ def test_no_gradient_passes_through_the_rewards(name):
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "orpo", "simpo"])
 def test_a_pair_far_apart_has_a_finite_loss_and_gradient(name):
     ours, _, beside, _ = LOSSES[name]
+    loss = jax.jit(jax.value_and_grad(lambda a, b: jnp.sum(ours(a, b, *beside)[0]), argnums=(0, 1)))
     for chosen, rejected in ((-1e4, -1e-3), (-1e-3, -1e4), (0.0, 0.0)):
-        loss = jax.value_and_grad(lambda a, b: jnp.sum(ours(a, b, *beside)[0]), argnums=(0, 1))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(loss(np.full(B, chosen, np.float32), np.full(B, rejected, np.float32))))
 
 
@@ -156,8 +156,10 @@ def test_metrics_are_sums_over_real_pairs_with_half_for_a_tie():
 def test_micro_batches_add_up_to_the_batch(name):
     ours, _, beside, _ = LOSSES[name]
 
-    def sums(rows):
-        return dpo.over_pairs(ours(*(x[rows] for x in (CHOSEN_B, REJECTED_B, *beside)))[0], REAL_B[rows])
+    summed = jax.jit(lambda real_B, *pair: dpo.over_pairs(ours(*pair)[0], real_B))
 
-    parts = [sums(rows) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    def sums(rows):
+        return summed(REAL_B[rows], *(x[rows] for x in (CHOSEN_B, REJECTED_B, *beside)))
+
+    parts = [sums(rows) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
     close(jnp.array(sums(slice(None))), np.sum(np.asarray(parts, np.float64), axis=0))

@@ -167,7 +167,7 @@ def policy_reference(logp_BR, old_BR, advantage_BR, how):
 @pytest.mark.parametrize("how", CLIPS, ids=str)
 def test_the_policy_loss_is_the_clipped_objective_and_its_gradient(how):
     (logp_BR, old_BR), advantage_BR = logps(8, spread=0.8), poisoned(normal(9, B, R))
-    ours = jax.value_and_grad(lambda x: ppo.policy_loss(x, old_BR, advantage_BR, ACTION_BR, **how), has_aux=True)
+    ours = jax.jit(jax.value_and_grad(lambda x: ppo.policy_loss(x, old_BR, advantage_BR, ACTION_BR, **how), has_aux=True))
     (total, count), slope_BR = ours(logp_BR)
     close(total, policy_reference(logp_BR, old_BR, advantage_BR, how))
     close(count, sum(1 for _ in actions()))
@@ -180,6 +180,14 @@ def test_each_side_is_clipped_where_the_advantage_pushes_to_it(log_ratio, advant
     old_BR, at = np.zeros((1, 1), np.float32), [np.full((1, 1), x, np.float32) for x in (log_ratio, advantage, 1)]
     slope_BR = jax.grad(lambda x: ppo.policy_loss(x, old_BR, *at[1:])[0])(at[0])
     close(slope_BR, [[gradient]])
+
+
+@pytest.mark.parametrize(("log_ratio", "advantage", "loss"), [(100, 1, -1.2), (100, 0, 0), (-200, -1, 0.8), (-200, 1, -math.exp(-20))])
+def test_a_ratio_beyond_float32_has_a_finite_loss_and_no_gradient(log_ratio, advantage, loss):
+    old_BR, at = np.zeros((1, 1), np.float32), [np.full((1, 1), x, np.float32) for x in (log_ratio, advantage, 1)]
+    (total, _), slope_BR = jax.value_and_grad(lambda x: ppo.policy_loss(x, old_BR, *at[1:]), has_aux=True)(at[0])
+    close(total, loss)
+    assert not slope_BR.any()
 
 
 def test_the_dual_clip_bounds_the_loss_of_a_bad_action_that_became_likely():
@@ -202,7 +210,7 @@ def value_reference(value_BR, old_BR, return_BR, clip):
 @pytest.mark.parametrize("clip", [0.2, 0.5, None])
 def test_the_value_loss_is_the_larger_of_clipped_and_unclipped_and_its_gradient(clip):
     value_BR, old_BR, return_BR = (poisoned(normal(seed, B, R)) for seed in (10, 11, 12))
-    ours = jax.value_and_grad(lambda x: ppo.value_loss(x, old_BR, return_BR, ACTION_BR, clip=clip), has_aux=True)
+    ours = jax.jit(jax.value_and_grad(lambda x: ppo.value_loss(x, old_BR, return_BR, ACTION_BR, clip=clip), has_aux=True))
     (total, count), slope_BR = ours(value_BR)
     close(total, value_reference(value_BR, old_BR, return_BR, clip))
     assert count == ACTION_BR.sum()
@@ -219,7 +227,7 @@ def entropy_reference(logit_BRV):
 
 def test_the_entropy_bonus_is_minus_the_entropy_and_its_gradient():
     logit_BRV = 2 * normal(13, B, R, 5)
-    ours = jax.value_and_grad(lambda x: ppo.entropy_bonus(ppo.entropy(x), ACTION_BR), has_aux=True)
+    ours = jax.jit(jax.value_and_grad(lambda x: ppo.entropy_bonus(ppo.entropy(x), ACTION_BR), has_aux=True))
     (total, count), slope_BRV = ours(logit_BRV)
     close(total, -entropy_reference(logit_BRV).sum())
     assert count == ACTION_BR.sum()
@@ -242,8 +250,9 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_add_up_to_the_batch(name):
     arrays = *(poisoned(normal(seed, B, R)) for seed in (14, 15, 16)), ACTION_BR
-    whole = LOSSES[name](*arrays)
-    parts = [LOSSES[name](*(x[rows] for x in arrays)) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    ours = jax.jit(LOSSES[name])
+    whole = ours(*arrays)
+    parts = [ours(*(x[rows] for x in arrays)) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
     close(jnp.array(whole), np.sum(np.asarray(parts, np.float64), axis=0))
 
 
@@ -273,13 +282,14 @@ def test_metrics_are_those_of_a_loop_over_actions_in_one_batch_or_several():
         "approx_kl": sum(x - 1 - math.log(x) for x in ratios) / n, "approx_kl_k1": -sum(math.log(x) for x in ratios) / n,
         "ratio_mean": mean, "ratio_std": math.sqrt(sum((x - mean) ** 2 for x in ratios) / n), "ratio_min": min(ratios), "ratio_max": max(ratios),
     }
-    how = dict(clip_low=0.2, clip_high=0.3)
-    whole, merged = ppo_metrics.policy_stats(*arrays, **how), ppo_metrics.PolicyStats.none()
-    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        merged = merged.merged(ppo_metrics.policy_stats(*(x[rows] for x in arrays), **how))
-    for stats in (whole, merged):
-        assert stats.metrics().keys() == wanted.keys()
-        for name, x in stats.metrics().items():
+    stats = jax.jit(lambda *x: ppo_metrics.policy_stats(*x, clip_low=0.2, clip_high=0.3))
+    whole, merged = stats(*arrays), ppo_metrics.PolicyStats.none()
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        merged = merged.merged(stats(*(x[rows] for x in arrays)))
+    for found in (whole, merged):
+        metrics = found.metrics()
+        assert metrics.keys() == wanted.keys()
+        for name, x in metrics.items():
             close(x, wanted[name])
 
 

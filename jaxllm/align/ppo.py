@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jaxllm.align.kl import k1, on_actions
 
+FURTHEST = 20.0  # nats: e^20 is 5e8. From e^89 on a ratio is infinite in float32, and where it is clipped the gradient is 0 · ∞
+
 
 def summed(x_BR, action_BR):
     """Returns (Σ x over actions, number of actions), float32: the token mean as a sum and a count."""
@@ -84,8 +86,8 @@ def clipped(ratio_, advantage_, *, clip_low, clip_high, dual_clip=None):
 
 
 def log_ratios(logp_BR, old_logp_BR, action_BR):
-    """Returns log π/π_old of actions, 0 elsewhere."""
-    return jnp.where(action_BR > 0, logp_BR - old_logp_BR, 0.0)
+    """Returns log π/π_old of actions, cut to ±FURTHEST; 0 elsewhere."""
+    return jnp.clip(jnp.where(action_BR > 0, logp_BR - old_logp_BR, 0.0), -FURTHEST, FURTHEST)
 
 
 def token_losses(logp_BR, old_logp_BR, advantage_BR, action_BR, *, clip_low, clip_high, dual_clip=None):
