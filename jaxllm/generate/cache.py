@@ -4,6 +4,7 @@ B row, T position of a prompt, S slot, D width, N query heads, K kv heads, G hea
 
 All rows of a batch stand flush at one slot: shorter prompts have padding in front, up to slot `first_B`. A token's
 position is its slot less `first_B`, so padding changes neither positions nor distances, and no slot before `first_B` is seen.
+The slots are a ring: the last one is followed by the first, and a row at position p sees the latest p + 1 slots.
 """
 
 import math
@@ -41,9 +42,13 @@ def prepare(graph: nnx.GraphDef, dtype, params: nnx.State) -> Weights:
 
 def _without_blocks(params: nnx.State) -> nnx.State:
     def keep(path, leaf):
-        return jnp.zeros((), leaf.dtype) if "blocks_L" in leaf_name(path).split(".") else leaf
+        return jnp.zeros((), leaf.dtype) if _is_of_block(path) else leaf
 
     return jax.tree_util.tree_map_with_path(keep, params)
+
+
+def _is_of_block(path) -> bool:
+    return "blocks_L" in leaf_name(path).split(".")
 
 
 def _placed(block: nnx.State) -> nnx.State:
@@ -65,30 +70,30 @@ def read_prompt(model: LanguageModel, block_L, token_BT, first_B, slots: int):
     return model.trunk.norm(x_BTD[:, -1:])[:, 0], cache_L
 
 
-def read_token(model: LanguageModel, block_L, token_B, slot, first_B, cache_L):
-    """Returns (the hidden states x_BD of one more token of each row, the caches with it in `slot`)."""
-    pos_B1 = jnp.maximum(slot - first_B, 0)[:, None]
+def read_token(model: LanguageModel, block_L, token_B, slot, pos_B, cache_L):
+    """Returns (the hidden states x_BD of one more token of each row, at its position, the caches with it in `slot`)."""
 
     def attend(q_B1NH, k_B1KH, v_B1KH, cache):
         k_BKSH, v_BKSH = (
             jax.lax.dynamic_update_slice_in_dim(old_BKSH, _rows_and_heads(new_B1KH), slot, axis=old_BKSH.ndim - 2)
             for old_BKSH, new_B1KH in zip(cache, (k_B1KH, v_B1KH), strict=True)
         )
-        return attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, first_B, model.window), (k_BKSH, v_BKSH)
+        return attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, pos_B, model.window), (k_BKSH, v_BKSH)
 
-    x_B1D, cache_L = _layers(model, block_L, model.trunk.embed(token_B[:, None]), pos_B1, attend, cache_L)
+    x_B1D, cache_L = _layers(model, block_L, model.trunk.embed(token_B[:, None]), pos_B[:, None], attend, cache_L)
     return model.trunk.norm(x_B1D)[:, 0], cache_L
 
 
-def attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, first_B, window: int | None):
-    """Attends from the token in `slot` to the slots of its row, up to its own and at most `window` of them."""
+def attend_to_cache(q_B1NH, k_BKSH, v_BKSH, slot, pos_B, window: int | None):
+    """Attends from the token in `slot` to the tokens of its row, its own among them, and at most the latest `window`."""
     B, _, N, H = q_B1NH.shape
     *BK, S, _ = k_BKSH.shape  # [B, K], or [B * K]
     G = B * N // math.prod(BK)
     slot_S = jnp.arange(S, dtype=jnp.int32)
-    seen_BS = (slot_S[None] <= slot) & (slot_S[None] >= first_B[:, None])
+    age_S = jnp.where(slot_S <= slot, slot - slot_S, slot - slot_S + S)  # tokens written since
+    seen_BS = age_S[None] <= pos_B[:, None]
     if window is not None:
-        seen_BS &= slot_S[None] > slot - window
+        seen_BS &= age_S[None] < window
     seen_BKGS = jnp.broadcast_to(seen_BS[:, None], (B, N // G, S)).reshape(*BK, 1, S)
     q_BKGH = q_B1NH.reshape(*BK, G, H) * H**-0.5
     score_BKGS = jnp.einsum("...GH,...SH->...GS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
@@ -105,6 +110,43 @@ def grow(cache_L, slots: int):
     return jax.tree.map(one, cache_L)
 
 
+def take_rows(cache_L, rows: int, row_R):
+    """Returns the caches of some of the `rows` rows."""
+    return _by_row(lambda x: jnp.take(x, row_R, axis=-4), rows, cache_L)
+
+
+def put_rows(cache_L, rows: int, row_R, new_L):
+    """Returns the caches with those of `row_R` replaced; numbers from `rows` on are left out."""
+    return _by_row(lambda old, new: old.at[..., row_R, :, :, :].set(new, mode="drop"), (rows, row_R.size), cache_L, new_L)
+
+
+def turn(cache_L, slots: int):
+    """Returns the caches with what is in slot s moved to slot s + `slots` of the ring."""
+    return jax.tree.map(lambda x: jnp.roll(x, slots, axis=-2), cache_L)
+
+
+def whole(weights: Weights) -> nnx.State:
+    """Returns the parameters in the compute type as `prepare` was given them, layers stacked."""
+    if weights.block_L is None:
+        return weights.params
+    stacked = iter([jnp.stack(xs) for xs in zip(*map(jax.tree.leaves, weights.block_L), strict=True)])
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: next(stacked) if _is_of_block(path) else leaf, weights.params)
+
+
+def _by_row(f, rows, *caches):
+    """Returns the caches of `f` of the arrays as [..., B, K, S, H], whose `rows` are those of each cache, or of all."""
+
+    def one(*xs):
+        B_X = (rows,) * len(xs) if isinstance(rows, int) else rows
+        if _apart():
+            return _placed_rows(f(*xs))
+        y = f(*(x.reshape(*x.shape[:-3], B, x.shape[-3] // B, *x.shape[-2:]) for x, B in zip(xs, B_X, strict=True)))
+        return y.reshape(*y.shape[:-4], -1, *y.shape[-2:])
+
+    return jax.tree.map(one, *caches)
+
+
 def _layers(model, block_L, x_BTD, pos_BT, attend, cache_L, real_BT=None):
     if block_L is None:
         return model.trunk.blocks(x_BTD, pos_BT, attend, cache_L, real_BT=real_BT)[:2]
@@ -119,7 +161,11 @@ def _slots(x_BTKH, slots: int):
     """Returns a prompt's keys or values with room for `slots` of them, placed by row and head."""
     x_BKTH = _rows_and_heads(x_BTKH)
     x_BKSH = jnp.pad(x_BKTH, [(0, 0)] * (x_BKTH.ndim - 2) + [(0, slots - x_BTKH.shape[1]), (0, 0)])
-    return constrain(x_BKSH, "batch", "kv_heads", None, None) if x_BKSH.ndim == 4 else x_BKSH
+    return _placed_rows(x_BKSH) if _apart() else x_BKSH
+
+
+def _placed_rows(x_BKSH):
+    return constrain(x_BKSH, *(None,) * (x_BKSH.ndim - 4), "batch", "kv_heads", None, None)
 
 
 def _rows_and_heads(x_BTKH):
@@ -129,6 +175,8 @@ def _rows_and_heads(x_BTKH):
     of size 1, as they would for one row. On a mesh they stay apart, since each may be split.
     """
     x_BKTH = x_BTKH.swapaxes(1, 2)
-    if any(size > 1 for size in jax.sharding.get_abstract_mesh().shape.values()):
-        return x_BKTH
-    return x_BKTH.reshape(-1, *x_BKTH.shape[2:])
+    return x_BKTH if _apart() else x_BKTH.reshape(-1, *x_BKTH.shape[2:])
+
+
+def _apart() -> bool:
+    return any(size > 1 for size in jax.sharding.get_abstract_mesh().shape.values())

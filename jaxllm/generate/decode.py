@@ -73,7 +73,7 @@ def advance(program: Program, weights: cache.Weights, numbers, rows: Rows, until
 
     def one_token(rows):
         token_B = jax.lax.dynamic_index_in_dim(rows.token_BS, rows.slot, axis=1, keepdims=False)
-        x_BD, cache_L = cache.read_token(model, weights.block_L, token_B, rows.slot, rows.first_B, rows.cache_L)
+        x_BD, cache_L = cache.read_token(model, weights.block_L, token_B, rows.slot, rows.slot - rows.first_B, rows.cache_L)
         return _write(program, model, numbers, dataclasses.replace(rows, cache_L=cache_L), x_BD)
 
     return jax.lax.while_loop(going_on, one_token, rows)

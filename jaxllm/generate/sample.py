@@ -104,5 +104,5 @@ def logprob(logit_BV, token_B):
 
 
 def row_keys(seed_B, n):
-    """Returns each row's key for its n-th new token; it depends on the row's seed and on n alone."""
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), n))(seed_B)
+    """Returns each row's key for its n-th new token; it depends on the row's seed and on n, or its own n_B, alone."""
+    return jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seed_B, jnp.broadcast_to(n, seed_B.shape))

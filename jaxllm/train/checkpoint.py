@@ -171,12 +171,12 @@ def _named(tree) -> dict:
 def describe(state: TrainState) -> dict:
     """Returns {leaf: [shape, type, checksum]} of a state, as JSON."""
     named = _named(state)
-    sums = jax.device_get(_checksums([beside_host(x) for x in named.values()]))
+    sums = jax.device_get(checksums([beside_host(x) for x in named.values()]))
     return {name: [list(x.shape), str(x.dtype), int(total)] for (name, x), total in zip(named.items(), sums, strict=True)}
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+def checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     """Weighted sums of the arrays' bits, modulo 2^32: the same on every mesh, other when any one bit is."""
 
     def total(x):
@@ -191,7 +191,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 def check_sums(tree, arrays: dict) -> list[str]:
     """Returns the names of the arrays that differ from their checksums."""
     named = _named(tree)
-    sums = jax.device_get(_checksums([beside_host(x) for x in named.values()]))
+    sums = jax.device_get(checksums([beside_host(x) for x in named.values()]))
     return [name for name, total in zip(named, sums, strict=True) if int(total) != arrays[name][2]]
 
 
