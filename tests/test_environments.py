@@ -386,4 +386,4 @@ def test_settings_come_from_flags_and_have_help():
 
     cfg = config.load(Verb, None, ["environment.kind=tools", "environment.tools.upper=a.py:upper", "environment.answer.extract=gsm8k"])
     assert cfg.environment.tools["upper"] == "a.py:upper" and cfg.environment.answer.extract == "gsm8k"
-    assert "--environment.answer.extract=whole|separator|gsm8k|regex" in config.help_text(Verb, "usage")
+    assert "--environment.answer.extract=whole|separator|gsm8k|final|last_number|regex" in config.help_text(Verb, "usage")

@@ -54,6 +54,8 @@ EXACT = [  # settings, response, the row's answer, whether it holds
     ({"extract": "separator", "separator": "answer is"}, "So the answer is 85.", "85", True),
     ({"extract": "gsm8k"}, "6*7=42\n#### 42", "6*7=<<6*7=42>>42\n#### 42", True), ({"extract": "gsm8k"}, "#### 1,042\nmore", "#### 1042", True),
     ({"extract": "gsm8k"}, "#### 1 #### 2", "2", True), ({"extract": "gsm8k"}, "42", "42", False), ({"extract": "gsm8k"}, "####", "", False),
+    ({"extract": "final"}, "2 + 2 is 4, so the answer is 4.", "4", True), ({"extract": "final"}, "4", "4", False), ({"extract": "final"}, "The answer is Paris. Or so.", "paris", True),
+    ({"extract": "last_number"}, "from 3 to $1,200 in all", 1200, True), ({"extract": "last_number"}, "none", "none", False),
     ({"extract": "regex", "pattern": r"\d+"}, "first 1 then 85", "85", True),
     ({"extract": "regex", "pattern": r"\((\w)\)"}, "(A) no, (B)", "B", True), ({"extract": "regex", "pattern": r"\((\w)\)"}, "B", "B", False),
     ({"extract": "regex", "pattern": r"(x)|y"}, "y", "x", False),
@@ -431,12 +433,13 @@ def test_samples_are_not_tried_when_too_many_failed(code):
 
 
 def test_a_pattern_that_takes_for_ever_is_stopped():
-    rules = {"slow": RewardRule(kind="regex", pattern=r"(a+)+$", **SHORT, on_error=-1.0),
-             "found": RewardRule(kind="exact", extract="regex", pattern=r"(?:a+)+(b)", **SHORT)}
+    rules = {"slow": RewardRule(kind="regex", pattern=r"(a+)+$", on_error=-1.0, **SHORT),
+             "found": RewardRule(kind="exact", extract="regex", pattern=r"a+(b)")}
     with Rewards(rules) as made:
-        scored = made([sample("aaa", answer="b"), sample("a" * 60 + "!", answer="b"), sample("aab", answer="b")])
+        assert all(isinstance(reward, rewards.UserReward) for reward in made._by_name.values())
+        scored = made([sample("aaa", answer="b"), sample("a" * 60 + "!b", answer="b"), sample("aab", answer="b")])
     assert scored.part_B["slow"].tolist() == [1, -1, 0] and scored.part_B["found"].tolist() == [0, 0, 1]
-    assert {(i.source, i.index) for i in scored.incidents} == {("rewards.slow", 1), ("rewards.found", 1)}
+    assert [(i.source, i.index) for i in scored.incidents] == [("rewards.slow", 1)]
 
 
 LOADS = {

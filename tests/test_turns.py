@@ -12,9 +12,10 @@ from jaxllm.align import ppo
 from jaxllm.align.environments import Environments, Step
 from jaxllm.align.environments_config import EnvironmentConfig
 from jaxllm.align.rewards_config import RewardRule
-from jaxllm.align.turns import Player, plain_reply
+from jaxllm.align.turns import Player, chat_reply, plain_reply
+from jaxllm.data.chat import load_chat
 from jaxllm.data.tokenizer import load_tokenizer
-from jaxllm.errors import RunError
+from jaxllm.errors import RunError, UserError
 from jaxllm.generate.config import SampleConfig
 from jaxllm.generate.engine import Engine
 
@@ -248,6 +249,46 @@ def test_a_tool_that_takes_too_long_is_told(tmp_path):
         found = player(environments).play(ROWS[2:], Scripted({"9=": ["<slow>x</slow>", "9$"]}), prompt_slots=8, response_slots=80)
     assert found.score_B.tolist() == [1] and "<result>error: no answer</result>" in found.samples[0].response
     assert [str(i) for i in found.incidents] == ["environment: sample 0 ('9='): tool 'slow': took longer than 0.3 s; the episode goes on"]
+
+
+# ---------------------------------------------------------------- chats
+
+
+@pytest.mark.parametrize("template", ["own", "plain"])
+def test_an_environments_message_goes_behind_the_policys_as_a_template_writes_it(template):
+    """The tokens are those of the whole conversation at once, the policy's own among them."""
+    chat = load_chat(template, BYTES)
+    talk = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "<calc>1+2</calc>"}, {"role": "tool", "content": "<result>3</result>"}]
+    begun = chat.prompt_ids(talk[:1])
+
+    def policy(prompts):
+        asked.append(prompts[0])
+        return [([*BYTES.encode("<calc>1+2</calc>" if len(asked) == 1 else "3"), chat.end_id], [-0.5] * (17 if len(asked) == 1 else 2), True)]
+
+    asked = []
+    one = Player(Environments(EnvironmentConfig(kind="tools")), BYTES, encode=chat.prompt_ids, reply=chat_reply(chat))
+    found = one.play([{"prompt": talk[:1], "answer": 3}], policy, prompt_slots=40, response_slots=80)
+    assert asked == [begun, chat.prompt_ids(talk)] and found.score_B.tolist() == [1]
+    assert found.action_BR.sum() == 17 + 2 and found.samples[0].prompt == "user: 1+2?"
+
+
+def test_a_turn_that_was_not_ended_is_ended_by_the_environment():
+    chat = load_chat("own", BYTES)
+    reply = chat_reply(chat)
+    assert reply("x", False) == [chat.end_id, *reply("x", True)]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    chat = load_chat("own", BYTES)
+
+    class Forgets:
+        name, end_id, encode = "forgets", chat.end_id, chat.encode
+
+        def prompt_ids(self, messages):
+            return chat.prompt_ids(messages[:1] + messages[2:])
+
+    with pytest.raises(UserError, match="template forgets: writes an earlier turn otherwise"):
+        chat_reply(Forgets())("x", True)
 
 
 # ---------------------------------------------------------------- a real policy

@@ -49,7 +49,8 @@ class Guarded:
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},  # accelerators belong to the run
                 start_new_session=True)  # Ctrl-C is for the run alone, and the whole session is ended with the code
         try:
-            self._ask({**self.what, "output": str(self.output.resolve()) if self.output else None}, START_SECONDS)
+            output = str(self.output.resolve()) if self.output else None
+            self._ask({**self.what, "output": output, "seconds": START_SECONDS}, START_SECONDS)
         except Failure as e:
             self.close()
             raise UserError(f"{self.name}: {e}") from None

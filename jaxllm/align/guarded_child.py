@@ -30,6 +30,7 @@ def serve(fd: int) -> None:
     """Answers calls until the other end is closed."""
     channel = Connection(fd)
     start = json.loads(channel.recv_bytes())
+    _alarm(start.pop("seconds"))
     sys.stdout = sys.stderr = Printed(start.pop("output"))
     call = None
 
@@ -38,16 +39,21 @@ def serve(fd: int) -> None:
         call = CALLS[what.pop("call")](**what)
 
     _answer(channel, load, start)
+    signal.alarm(0)
     while call is not None:
         try:
             message = json.loads(channel.recv_bytes())
         except EOFError:
             break
-        # The run ends this process when the time is over. Where the run is no longer there, the alarm does.
-        signal.alarm(math.ceil(message["seconds"]) + 5)
+        _alarm(message["seconds"])
         _answer(channel, call, message["argument"])
         signal.alarm(0)
     os._exit(0)  # threads that the code left running do not keep the process
+
+
+def _alarm(seconds: float) -> None:
+    """Ends this process some time after the run should have: the run may have been killed."""
+    signal.alarm(math.ceil(seconds) + 5)
 
 
 def _answer(channel: Connection, call: Callable, argument) -> None:

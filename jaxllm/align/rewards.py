@@ -146,7 +146,7 @@ class UserReward:
     def __call__(self, samples: list[Sample], left: int) -> list[float | Failed]:
         if not samples:
             return []
-        sent = [dataclasses.asdict(s) for s in samples]
+        sent = [vars(s) for s in samples]  # asdict would copy every token list, item by item
         try:
             return self._scores(sent, self.rule.timeout)
         except Failure as e:

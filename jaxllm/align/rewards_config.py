@@ -18,9 +18,10 @@ class RewardRule:
     otherwise: float = 0.0  # exact, regex, format: the score where it does not
     must_end: bool = False  # exact, regex, format: it does not hold where the response has no end token
     answer_key: str = "answer"  # exact: the field of a prompt's row that holds the true answer, or a list of them
-    # exact: where the answer stands in the response: all of it, what follows the last `separator`, the line after the last
-    # "####" (GSM8K), or the last match of `pattern` (its first group, where it has one)
-    extract: Literal["whole", "separator", "gsm8k", "regex"] = "whole"
+    # exact: where the answer stands in the response: all of it (whole), behind the last `separator`, behind the last "####"
+    # on its line (gsm8k), behind the last "The answer is" (final), the last number, or the last match of `pattern` (its first
+    # group, where it has one)
+    extract: Literal["whole", "separator", "gsm8k", "final", "last_number", "regex"] = "whole"
     separator: str = ";"  # exact with extract=separator
     # exact: auto: as numbers where both are, else as text; number; text: without case, outer punctuation and the amount of
     # space; verbatim: to the character

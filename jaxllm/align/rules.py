@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from jaxllm.align.rewards_config import RewardRule
+from jaxllm.data.rationale import behind, final_answer, last_number
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,17 @@ def extracted(rule: RewardRule, response: str) -> str | None:
     """Returns the answer that a response gives; None where it gives none."""
     if rule.extract == "separator":
         return response.rpartition(rule.separator)[2] if rule.separator in response else None
-    if rule.extract == "gsm8k":
-        return gsm8k_answer(response)
     if rule.extract == "regex":
         found = None
         for found in re.finditer(rule.pattern, response):  # noqa: B007  the last one
             pass
         return None if found is None else found[1] if found.re.groups else found[0]
-    return response
+    return {"whole": str, "gsm8k": gsm8k_answer, "final": final_answer, "last_number": last_number}[rule.extract](response)
 
 
 def gsm8k_answer(text: str) -> str | None:
     """Returns what stands after the last "####" on its line (Cobbe et al. 2021); None where there is none."""
-    head, mark, tail = text.rpartition("####")
-    return tail.strip().split("\n")[0].strip() or None if mark else None
+    return behind(text, "####")
 
 
 def _same(rule: RewardRule, found: str, truth: str) -> bool:

@@ -16,6 +16,7 @@ from jaxllm.align.environments import Prompt as PromptText
 from jaxllm.align.guarded_child import told
 from jaxllm.align.rewards import PROMPT_SHOWN, Incident
 from jaxllm.align.rules import Sample
+from jaxllm.data.chat import Chat
 from jaxllm.data.prompts import left_padded, text_of
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import RunError, UserError
@@ -174,7 +175,7 @@ def plain_reply(tokenizer: Tokenizer) -> Reply:
     return lambda text, ended: tokenizer.encode(text)
 
 
-def chat_reply(chat) -> Reply:
+def chat_reply(chat: Chat) -> Reply:
     """Returns what puts an environment's text behind the policy's as a message of the role "tool", and opens the next turn.
 
     Where the policy did not end its turn, the end token is put there in its place.
