@@ -466,6 +466,15 @@ def test_a_file_may_import_what_stands_beside_it(code):
 
 
 @pytest.mark.slow
+def test_a_file_that_imports_much_has_its_own_time(code):
+    """The process is started again after a sample that takes too long; the others have the time that was theirs."""
+    (code.parent / "much.py").write_text("import time\ntime.sleep(1)\ndef f(samples):\n    for s in samples:\n        if s.response == 'bad': time.sleep(3600)\n"
+                                         "    return [1.0] * len(samples)")
+    with Rewards({"mine": RewardRule(kind="python", function=f"{code.parent}/much.py:f", timeout=1.2, sample_timeout=0.5)}) as made:
+        assert made(BATCH).score_B.tolist() == [1, 0, 1]
+
+
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process(code, tmp_path):
     """Neither one that waits, nor one that is at work: that one has its time, and some seconds."""
     script = tmp_path / "run.py"
