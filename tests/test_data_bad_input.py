@@ -267,6 +267,15 @@ def test_globs_of_every_kind(pattern, tmp_path):
     assert len(kept_of(tmp_path / "out")) == 1
 
 
+def test_a_glob_does_not_read_a_file_again_by_a_link(tmp_path):
+    write(tmp_path / "raw" / "inner" / "a.txt", b"A good document.")
+    (tmp_path / "raw" / "again").symlink_to("inner")
+    (tmp_path / "raw" / "inner" / "up").symlink_to("..")
+    for i, pattern in enumerate(("raw/**/*.txt", "raw/inner/up/**/*.txt", "raw/*/*.txt")):
+        pipeline.main(settings(tmp_path / pattern, tmp_path / str(i), **JUDGED_BY_NOTHING, **{"dedup.use": "false"}))
+    assert [manifest(tmp_path / str(i))["totals"]["inputs"] for i in range(3)] == [1, 1, 2]  # the last names links as it does folders
+
+
 def test_an_empty_source_beside_a_full_one_is_told_before_the_work(tmp_path):
     write(tmp_path / "raw" / "a.txt", prose(random.Random(0)).encode())
     write(tmp_path / "empty" / "a.jsonl", b"")
@@ -281,6 +290,9 @@ def test_folders_that_are_passed_over_are_named(tmp_path, monkeypatch):
     (tmp_path / "raw" / "shut").mkdir()
     write(tmp_path / "raw" / "nothing.jsonl.gz", b"")
     (tmp_path / "raw" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "raw" / "gone.html").symlink_to(tmp_path / "nowhere.html")
+    (tmp_path / "raw" / ".#lock.txt").symlink_to("an editor's, and hidden")
+    os.mkfifo(tmp_path / "raw" / "pipe.txt")
     scandir = os.scandir
 
     def refused(path="."):
@@ -291,4 +303,5 @@ def test_folders_that_are_passed_over_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refused)  # root may read everything
     pipeline.main(settings(tmp_path / "raw", tmp_path / "out", **JUDGED_BY_NOTHING))
     assert {(row["path"], row["rule"]) for row in removed_of(tmp_path / "out")} == {
-        ("web/link", "a link to a folder"), ("web/shut", "a folder"), ("web/nothing.jsonl.gz", "empty")}
+        ("web/link", "a link to a folder"), ("web/shut", "a folder"), ("web/nothing.jsonl.gz", "empty"),
+        ("web/gone.html", "a link to nothing"), ("web/pipe.txt", "not a file")}

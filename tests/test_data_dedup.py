@@ -117,6 +117,10 @@ def test_planted_duplicates_are_found_and_nothing_else(made):
     false = [i for i in range(n) if label[i] != label[kept[i]]]
     assert len(false) <= 0.001 * n
     assert sum(size * count for size, count in decision.cluster_sizes.items()) == n
+    gone = np.flatnonzero(decision.duplicate_of_N >= 0)  # what is told of each: how similar it is to the document that stays
+    truth = [minhash.jaccard(*(minhash.shingles(made.texts[j], CFG) for j in (i, kept[i]))) for i in gone]
+    assert np.abs(decision.similarity_N[gone] - truth).max() < 0.2 and abs(np.mean(decision.similarity_N[gone] - truth)) < 0.02
+    assert (decision.similarity_N[decision.exact_N] == 1).all() and np.isnan(np.delete(decision.similarity_N, gone)).all()
 
 
 def test_clusters_do_not_depend_on_the_order_of_documents(made):

@@ -4,6 +4,7 @@ import pathlib
 import random
 import re
 
+import browser
 import pytest
 from raw_corpus import ROOT, UNIT_BYTES, kept_of, manifest, prose, removed_of, run, settings, write
 
@@ -120,6 +121,23 @@ def test_labels_of_lengths_stay_within_their_frame(n):
     for x, label in re.findall(r'<text x="([0-9.]+)"[^>]*>([^<]+)<', lengths(found)):
         assert float(x) + 7 * len(label) <= 460, (x, label)
     assert "17.8M" in lengths(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.find() is None, reason="no chromium or chrome on this machine: the page is not looked at")
+def test_the_page_fits_a_desk_and_a_phone(source, tmp_path):
+    """Nothing is wider than the screen, and bars of a card are drawn to one scale, whatever is written beside them."""
+    pipeline.main(settings(source, tmp_path / "out"))
+    with browser.Browser(tmp_path / "profile") as look:
+        look.open((tmp_path / "out" / "report.html").as_uri())
+        look.wait("document.querySelector('.bars')")
+        look.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        for width in (1280, 390):
+            look.resize(width, 800)
+            assert look.evaluate("document.documentElement.scrollWidth") <= width
+            tracks = look.evaluate("[...document.querySelectorAll('.bars')].map(card => [...card.querySelectorAll('.bar')]"
+                                   ".map(bar => bar.children[1].getBoundingClientRect()).map(r => [r.left, r.width].join()))")
+            assert len(tracks) >= 3 and len(tracks[0]) > 5 and all(len(set(card)) == 1 for card in tracks), tracks
 
 
 def test_nothing_that_is_shown_holds_personal_data(tmp_path):

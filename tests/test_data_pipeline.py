@@ -53,6 +53,7 @@ def test_every_document_is_kept_or_removed_with_a_reason(source, tmp_path):
     copies = {row["id"]: row["duplicate_of"] for row in removed if row["stage"] == "dedup"}
     assert copies["web/z-copy.txt"] == "line-1" and set(copies.values()) <= {row["id"] for row in kept}
     assert sum(name.startswith("web/pages") or "urn:uuid" in name for name in copies) == 10
+    assert all((row["value"] == 1) == (row["rule"] == "exact") and row["value"] > 0.5 for row in removed if row["stage"] == "dedup")
     (url,) = {row["meta"]["url"] for row in kept if row["id"] == "line-7"}
     assert url == "http://example.org/7" and all(row["meta"]["language"] for row in kept)
     funnel = found["sources"]["web"]["funnel"]

@@ -126,6 +126,15 @@ def test_a_stratum_weighs_as_its_documents_not_as_its_sample():
     assert estimate.share_bad(one, 0.95) == pytest.approx((0.4, *estimate.wilson(0.4, 50, 0.95)), abs=1e-6)
 
 
+def test_a_stratum_that_nobody_judged_takes_certainty_away():
+    judged, open_ = Stratum("a", "r", 1, 1, 0), Stratum("a", "r", 2, 0, 0)
+    assert estimate.share_bad([judged], 0.95) == pytest.approx((0, 0, 0))
+    found = estimate.share_bad([judged, open_], 0.95)
+    assert found.value == 0 and found.high > 0.5
+    kept = Stratum("a", "kept", 10, 10, 5)
+    assert estimate.recall(estimate.amounts([judged, open_, kept], 0), {"r"}, 0.95).high > 0.1
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng, hits = np.random.default_rng(2), np.zeros(3)
     shape = {("web", "f"): (400, 0.85), ("books", "f"): (50, 0.6), ("web", "kept"): (5000, 0.05), ("books", "kept"): (2000, 0.01)}

@@ -35,6 +35,7 @@ class Decision(NamedTuple):
     cluster_sizes: dict[int, int]  # size: how many clusters have it; of this run's documents and the earlier ones they match
     compared: int  # pairs whose shingles were loaded
     estimated: int  # pairs with an earlier document whose text is not at hand: decided by their signatures
+    similarity_N: np.ndarray  # to the kept document, by the signatures; 1 where exact_N; NaN where there is none
 
 
 def decide(signature_NK: np.ndarray, load_shingles: Callable[[int], np.ndarray], cfg: DedupConfig, *,
@@ -69,7 +70,10 @@ def decide(signature_NK: np.ndarray, load_shingles: Callable[[int], np.ndarray],
     kept_M = _best(parent_M, quality_M, order_M)
     duplicate_of_N = np.where(kept_M[:n] == np.arange(n), -1, kept_M[:n])
     exact_N = (duplicate_of_N >= 0) & (hash_M2[:n] == hash_M2[kept_M[:n]]).all(axis=1)
-    return Decision(duplicate_of_N, exact_N, _sizes(kept_M, n), compared, estimated)
+    similarity_N = np.where(exact_N, 1, np.full(n, np.nan, np.float32))
+    near = np.flatnonzero((duplicate_of_N >= 0) & ~exact_N)
+    similarity_N[near] = _Values(tables, cfg).agreement(near, duplicate_of_N[near])
+    return Decision(duplicate_of_N, exact_N, _sizes(kept_M, n), compared, estimated, similarity_N)
 
 
 def _exact_hashes(tables: list[np.ndarray], m: int) -> np.ndarray:
@@ -109,14 +113,35 @@ def _sizes(kept_M: np.ndarray, n: int) -> dict[int, int]:
     return dict(zip(sizes.tolist(), counts.tolist(), strict=True))
 
 
+class _Values:
+    """The MinHash values of documents by their number, in whichever table they lie."""
+
+    def __init__(self, tables: list[np.ndarray], cfg: DedupConfig):
+        self.tables, self.k = tables, cfg.bands * cfg.rows
+        self.starts = np.cumsum([0, *(len(table) for table in tables)])
+
+    def agreement(self, a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
+        """Returns the share of equal values of each pair: its Jaccard similarity, estimated."""
+        parts = [(self._rows(a_P[i : i + 1024]) == self._rows(b_P[i : i + 1024])).mean(axis=1)
+                 for i in range(0, len(a_P), 1024)]
+        return np.concatenate([np.empty(0), *parts])
+
+    def _rows(self, number_P: np.ndarray) -> np.ndarray:
+        table_P = np.searchsorted(self.starts, number_P, "right") - 1
+        out = np.empty((len(number_P), self.k), np.uint32)
+        for i in np.unique(table_P):
+            out[table_P == i] = self.tables[i][number_P[table_P == i] - self.starts[i], EXACT:]
+        return out
+
+
 class _Pairs:
     """Connects the pairs of different documents that are similar. Documents are numbered by their content's hash."""
 
     def __init__(self, tables, unique_U, n, load_shingles, load_earlier, cfg: DedupConfig):
         self.tables, self.unique_U, self.n, self.cfg = tables, unique_U, n, cfg
         self.load_shingles, self.load_earlier = load_shingles, load_earlier
-        self.starts = np.cumsum([0, *(len(table) for table in tables)])
-        self.rank_M = np.full(self.starts[-1], -1, np.int64)
+        self.values = _Values(tables, cfg)
+        self.rank_M = np.full(self.values.starts[-1], -1, np.int64)
         self.rank_M[unique_U] = np.arange(len(unique_U))
         self.parent_U = np.arange(len(unique_U))
         self.earlier_U = unique_U >= n
@@ -171,7 +196,7 @@ class _Pairs:
         if not len(a_P):
             return
         k, t = self.cfg.bands * self.cfg.rows, self.cfg.threshold
-        share_P = self._agreement(a_P, b_P)
+        share_P = self.values.agreement(self.unique_U[a_P], self.unique_U[b_P])
         doubt_P = (DOUBT * (t * (1 - t) / k) ** 0.5 + 1 / k) * (self.in_vain_U[a_P] + self.in_vain_U[b_P] < PATIENCE)
         likely_P = share_P >= t - doubt_P
         for a, b, share in zip(a_P[likely_P].tolist(), b_P[likely_P].tolist(), share_P[likely_P].tolist(), strict=True):
@@ -186,18 +211,6 @@ class _Pairs:
                     self.rejected.clear()
                 self.rejected.add(pair)
                 self.in_vain_U[[a, b]] += 1
-
-    def _agreement(self, a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
-        return np.concatenate([(self._rows(a_P[i : i + 1024]) == self._rows(b_P[i : i + 1024])).mean(axis=1)
-                               for i in range(0, len(a_P), 1024)])
-
-    def _rows(self, u_P: np.ndarray) -> np.ndarray:
-        index_P = self.unique_U[u_P]
-        table_P = np.searchsorted(self.starts, index_P, "right") - 1
-        out = np.empty((len(index_P), self.cfg.bands * self.cfg.rows), np.uint32)
-        for i in np.unique(table_P):
-            out[table_P == i] = self.tables[i][index_P[table_P == i] - self.starts[i], EXACT:]
-        return out
 
     def _similar(self, a: int, b: int, share: float) -> bool:
         if (self.earlier_U[a] or self.earlier_U[b]) and self.load_earlier is None:

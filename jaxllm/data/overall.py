@@ -186,7 +186,7 @@ def drop_duplicates(cfg: DedupConfig, fates: Fates, say) -> None:
     n = len(found.ids)
     for i in np.flatnonzero(decision.duplicate_of_N >= 0).tolist():
         kept = int(decision.duplicate_of_N[i])
-        fates.remove(i, "dedup", "exact" if decision.exact_N[i] else "near",
+        fates.remove(i, "dedup", "exact" if decision.exact_N[i] else "near", round(float(decision.similarity_N[i]), 2),
                      duplicate_of=kept if kept < n else earlier.ids[kept - n])
     rows = np.flatnonzero(decision.duplicate_of_N < 0)
     save(pathlib.Path(found.folder) / "out" / "dedup", table, (found.ids[i] for i in rows), cfg, rows)

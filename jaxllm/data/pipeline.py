@@ -25,7 +25,7 @@ from jaxllm.data.map_unit import Worker
 from jaxllm.data.pipeline_config import DataVerb
 from jaxllm.data.processes import in_order, n_cores
 from jaxllm.data.progress import Progress
-from jaxllm.data.raw import find_files, units
+from jaxllm.data.raw import find_files, status_of, units
 from jaxllm.data.signatures import load_earlier
 from jaxllm.data.unit_files import read_index, read_lines, unit_folder, write_whole
 from jaxllm.errors import RunError, UserError, stopping_at_once, writing
@@ -70,7 +70,7 @@ def checked(cfg: DataVerb, files: dict, folder: pathlib.Path, plan: dict):
     """
     _check_apart(cfg, files, folder)
     for name, (_, paths) in files.items():
-        if not any(path.stat().st_size for path in paths):
+        if not any(status_of(path).st_size for path in paths):
             raise UserError(f"sources.{name}.path={cfg.sources[name].path}: its files are empty; take the source out")
     if cfg.dedup.use:
         load_earlier(cfg.dedup)
@@ -118,7 +118,7 @@ def plan_of(cfg: DataVerb, files: dict) -> dict:
     """Returns what the work depends on: settings and input files. Another plan is other work."""
     settings = json.loads(json.dumps(config.to_dict(cfg)))  # tuples as the lists that a file gives back
     del settings["workers"], settings["run"]["dir"], settings["run"]["overwrite"]
-    seen = {name: [[p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    seen = {name: [[p.relative_to(root).as_posix(), (s := status_of(p)).st_size, s.st_mtime_ns] for p in paths]
             for name, (root, paths) in files.items()}
     hashes = {name: hashlib.sha256(json.dumps(rows).encode("utf-8", "surrogateescape")).hexdigest()
               for name, rows in seen.items()}
@@ -239,7 +239,7 @@ def _remove(path: pathlib.Path) -> None:
 
 def map_all(cfg: DataVerb, files: dict, work: pathlib.Path) -> int:
     """Does every unit that is not done; returns how many there are."""
-    sizes = {name: sum(p.stat().st_size for p in paths) for name, (_, paths) in files.items()}
+    sizes = {name: sum(status_of(p).st_size for p in paths) for name, (_, paths) in files.items()}
     progress, documents, kept, began = Progress("cleaning", sum(sizes.values()), say), 0, 0, time.perf_counter()
     n, positions = -1, {}
 

@@ -11,7 +11,6 @@ What cannot be read is an item with a `problem`: counted, named, and the rest go
 """
 
 import dataclasses
-import glob
 import itertools
 import os
 import pathlib
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxllm.data.raw_records import json_lines, parquet_rows, warc_pages
-from jaxllm.data.read import documents_of, files_at
+from jaxllm.data.read import documents_of, files_at, fixed_part
 from jaxllm.data.streams import Stream
 from jaxllm.errors import UserError
 
@@ -80,15 +79,27 @@ def find_files(path: str, key: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
         return given.parent, files
     if given.is_dir():
         return given, sorted(files + _passed_over(given))
-    return pathlib.Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)), files
+    return fixed_part(given), files
 
 
 def _passed_over(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folders within that may not be read, and the links to folders, which are not followed."""
+    """Returns what is no file to read within: folders that may not be read, links to folders, which are not followed, and
+    links to nothing, pipes and the like that are named as a file would be."""
     errors: list[OSError] = []
-    links = [link for place, names, _ in os.walk(folder, onerror=errors.append) for name in names
-             if (link := pathlib.Path(place) / name).is_symlink()]
-    return [*links, *(pathlib.Path(e.filename) for e in errors)]
+    found = []
+    for place, folders, names in os.walk(folder, onerror=errors.append):
+        found += [link for name in folders if (link := pathlib.Path(place) / name).is_symlink()]
+        found += [path for name in names if name.lower().endswith(FORMATS) and not name.startswith(".")
+                  and not (path := pathlib.Path(place) / name).is_file()]
+    return [*found, *(pathlib.Path(e.filename) for e in errors)]
+
+
+def status_of(path: pathlib.Path) -> os.stat_result:
+    """Returns size and times of a file, or of the link where that leads nowhere."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return path.lstat()
 
 
 def units(sources: dict[str, RawSource], files: dict, max_bytes: int) -> Iterator[Unit]:
@@ -100,13 +111,13 @@ def units(sources: dict[str, RawSource], files: dict, max_bytes: int) -> Iterato
         for path in paths:
             at = [0]  # in the file; the readers move it
             for item in _items(path, root, source, max_bytes, at):
-                own = len(item.data) if item.data is not None else path.stat().st_size if not item.problem else 0
+                own = len(item.data) if item.data is not None else status_of(path).st_size if not item.problem else 0
                 if held and (size + own > UNIT_BYTES or len(held) >= UNIT_ITEMS):
                     yield Unit(name, next(number), held, str(root), done + at[0])
                     held, size = [], 0
                 held.append(item)
                 size += own
-            done += path.stat().st_size
+            done += status_of(path).st_size
         if held:
             yield Unit(name, next(number), held, str(root), done)
 
@@ -117,6 +128,9 @@ def _items(path: pathlib.Path, root: pathlib.Path, source: RawSource, max_bytes:
     if path.is_dir():
         yield Item(relative, 0, "text", None, problem="a link to a folder: not followed" if path.is_symlink() else
                    "a folder: may not be read")
+        return
+    if not path.is_file():
+        yield Item(relative, 0, "text", None, problem="a link to nothing" if path.is_symlink() else "not a file")
         return
     if not path.stat().st_size and not name.endswith(HTML + TEXT):
         yield Item(relative, 0, "text", None, problem="empty")

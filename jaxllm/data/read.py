@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import glob
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def files_at(path: pathlib.Path, formats: tuple[str, ...], where: str) -> list[p
         if not path.name.lower().endswith(formats):
             raise UserError(f"{where}: unknown kind of file; should end in one of {', '.join(formats)}")
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+    found = path.rglob("*") if path.is_dir() else _matches(path)
     found = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     files = [p for p in found if p.name.lower().endswith(formats)]
     if files:
@@ -66,6 +67,20 @@ def files_at(path: pathlib.Path, formats: tuple[str, ...], where: str) -> list[p
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
     raise UserError(f"{where}: no such file or folder" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+
+
+def fixed_part(pattern: pathlib.Path) -> pathlib.Path:
+    """Returns the folders before a glob's first part with a wildcard."""
+    return pathlib.Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
+def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
+    """Returns what a glob matches; like a folder's search, its `**` does not go into links, which may lead back to it."""
+    if "**" not in pattern.parts:
+        return list(map(pathlib.Path, glob.glob(str(pattern))))  # noqa: PTH207
+    base = fixed_part(pattern)
+    rest = [*pattern.parts[len(base.parts):], *(["*"] if pattern.parts[-1] == "**" else [])]  # `**` alone: folders only
+    return list(base.glob("/".join(rest)))
 
 
 def documents_of(path: pathlib.Path, where: str) -> pathlib.Path:

@@ -9,8 +9,9 @@ IN_MANIFEST_ONLY = {"examples_a", "examples_b", "baseline", "typical", "document
 FIRST = 20  # rules that are shown at once
 CSS = """
 th.n { text-align: right; }
-.bar { display: grid; grid-template-columns: minmax(110px, 190px) 1fr minmax(120px, auto); gap: 4px 12px; align-items: center;
-  font-size: 14px; padding: 3px 0; }
+.bars { display: grid; grid-template-columns: minmax(110px, 190px) 1fr minmax(120px, auto); gap: 8px 12px; align-items: center;
+  font-size: 14px; padding: 9px 16px; }
+.bar { display: contents; }
 .bar i { display: block; height: 14px; border-radius: 3px; background: var(--run-0); min-width: 1px; }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; color: var(--muted); font-size: 13px; }
 .bar.out i { background: var(--run-2); }
@@ -19,7 +20,7 @@ th.n { text-align: right; }
   border-top: 0; padding-top: 0; }
 .sample .text { margin-bottom: 14px; }
 .pairs + .pairs { margin-top: 12px; }
-@media (max-width: 720px) { .two { grid-template-columns: minmax(0, 1fr); } .bar { grid-template-columns: 92px 1fr auto; } }
+@media (max-width: 720px) { .two { grid-template-columns: minmax(0, 1fr); } .bars { grid-template-columns: 92px 1fr auto; } }
 """
 
 
@@ -54,8 +55,13 @@ def funnels(sources: dict) -> str:
         for stage, (documents, n_bytes) in [("in", (source["inputs"], None)), *source["funnel"].items(), ("written", written)]:
             said = f"{documents:,}" + (f" · {size(n_bytes)}" if n_bytes is not None else "")
             rows.append(bar(stage, min(documents / most, 1), said, "out" if stage == "written" else ""))
-        out.append(f'<h3>{esc(name)}</h3><div class="card pad">{"".join(rows)}</div>')
+        out.append(f'<h3>{esc(name)}</h3>{bars(rows)}')
     return "\n".join(out)
+
+
+def bars(rows: list[str]) -> str:
+    """One grid holds all bars of a card: they begin and end at the same place however long the figures beside them are."""
+    return f'<div class="card bars">{"".join(rows)}</div>'
 
 
 def bar(label: str, share: float, said: str, kind: str = "") -> str:
@@ -75,8 +81,7 @@ def removals(rules: list[dict], inputs: int) -> str:
              *((n.get(s, 0) for s in sources) if len(sources) > 1 else ())) for rule, n in by_rule.items()]
     head = ("rule", "documents", "of all", *(sources if len(sources) > 1 else ()))
     shown = f'<h2>Removed, by rule</h2><div class="card pad scroll">{table(head, rows[:FIRST])}</div>'
-    rest = f'<div class="scroll">{table(head, rows[FIRST:])}</div>'
-    return shown + (folded(f"{len(rows) - FIRST} rules more", rest) if rows[FIRST:] else "")
+    return shown + (folded(f"{len(rows) - FIRST} rules more", table(head, rows[FIRST:])) if rows[FIRST:] else "")
 
 
 def table(head, rows) -> str:
@@ -121,8 +126,7 @@ def languages(found: dict) -> str:
         return ""
     rows = sorted(found.items(), key=lambda row: -row[1])[:20]
     most = rows[0][1]
-    return ('<h2>Languages of what the filters left</h2><div class="card pad">'
-            + "".join(bar(name, n / most, f"{n:,}") for name, n in rows) + "</div>")
+    return "<h2>Languages of what the filters left</h2>" + bars([bar(name, n / most, f"{n:,}") for name, n in rows])
 
 
 def tallies(counts: dict) -> str:
@@ -135,8 +139,8 @@ def tallies(counts: dict) -> str:
 
 
 def folded(title: str, inside: str, kind: str = "", *, open_: bool = False) -> str:
-    return (f'<details class="card {kind}"{" open" if open_ else ""}><summary>{esc(title)}</summary><div class="pad">{inside}'
-            "</div></details>")
+    return (f'<details class="card {kind}"{" open" if open_ else ""}><summary>{esc(title)}</summary>'
+            f'<div class="pad scroll">{inside}</div></details>')
 
 
 def decided(found: dict) -> str:
@@ -148,7 +152,7 @@ def decided(found: dict) -> str:
             shown = table([k.replace("_", " ") for k in keys], [[row.get(k) for k in keys] for row in rows[:60]])
             out.append(f'<h3>{esc(title)}</h3><div class="card pad scroll">{shown}</div>')
         elif isinstance(rows, dict) and rows:
-            out.append(f'<h3>{esc(title)}</h3><div class="card pad">{table((), rows.items())}</div>')
+            out.append(f'<h3>{esc(title)}</h3><div class="card pad scroll">{table((), rows.items())}</div>')
     return "<h2>Decided over all documents</h2>" + "".join(out) if out else ""
 
 
@@ -184,8 +188,7 @@ def processor(seconds: dict[str, float]) -> str:
     if not seconds:
         return ""
     most = max(*seconds.values(), 1e-9)
-    rows = "".join(bar(stage, s / most, f"{s:,.1f} s") for stage, s in seconds.items())
-    return f'<h2>Processor time, by stage</h2><div class="card pad">{rows}</div>'
+    return "<h2>Processor time, by stage</h2>" + bars([bar(stage, s / most, f"{s:,.1f} s") for stage, s in seconds.items()])
 
 
 def said(v) -> str:

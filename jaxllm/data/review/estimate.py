@@ -35,14 +35,17 @@ def pooled(strata: Iterable[Stratum]) -> tuple[float | None, float]:
     """Returns (the share of bad documents, its effective sample size); (None, 0) where nothing was judged.
 
     The size is what a plain random sample would need for the same variance, if all strata had the same share (Kish 1965):
-    it stays finite where every label is the same, and is infinite where every document was judged.
+    it stays finite where every label is the same, and is infinite where every document was judged. Strata of which nothing
+    was judged count as more documents of the others, in proportion: they leave the share as it is, and take certainty away.
     """
+    strata = list(strata)
     judged = [s for s in strata if s.judged]
     total = sum(s.population for s in judged)
     if not total:
         return None, 0.0
+    stand_for = sum(s.population for s in strata) / total
     share = sum(s.population / total * s.bad / s.judged for s in judged)
-    variance = sum((s.population / total) ** 2 * (1 - s.judged / s.population) / s.judged for s in judged)
+    variance = sum((s.population / total) ** 2 * (1 - s.judged / (s.population * stand_for)) / s.judged for s in judged)
     return min(max(share, 0.0), 1.0), 1 / variance if variance > 1e-15 else math.inf
 
 
