@@ -81,7 +81,8 @@ def test_experts_review_what_a_run_wrote(everything, whole_folder):
     rules = {rule for _, rule in removed if not rule.startswith(("read/", "mix/"))}
     assert {item.decision for item in sample.items} == rules | {"kept"}
     near = [item for item in sample.items if item.decision == "dedup/near"]
-    assert near and all(item.other and item.other != item.text for item in near)
+    written = {row["id"] for row in kept_of(whole_folder)}  # the mixture may have left out what a copy stood beside
+    assert near and all(item.other and item.other != item.text for item in near if item.duplicate_of in written)
     for item in sample.items:
         assert item.text.strip()
         assert item.decision == "kept" or removed[item.id, item.decision]["value"] == item.value

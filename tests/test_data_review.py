@@ -203,7 +203,7 @@ def test_near_is_near_the_threshold(folder):
     near = nearness(values, 0.2, None)
     assert [near(v) for v in values] == [True, True] + [False] * 8
     assert [nearness(values, 0.2, 0)(v) for v in (1, 5, 49)] == [True, True, False]
-    assert [limit(rule, [0.2, 0.9]) for rule in ("min_words", "max_words", "words")] == [0.9, 0.2, None]
+    assert [limit(rule, [0.2, 0.9]) for rule in ("min_words", "max_words", "near", "words")] == [0.9, 0.2, 0.2, None]
     assert not nearness(np.ones(20), 0.2, None)(1.0)
     assert not nearness(np.full(20, np.nan), 0.2, None)("x")
     sample = draw(folder, cfg_of(folder, thresholds={"min_words": 0}))

@@ -183,9 +183,12 @@ def check_names(key: str, named, known: set[str]) -> None:
 
 
 def limit(rule: str, value_N: list[float]) -> float | None:
-    """Returns where a rule's limit lies by its name: at the largest of the values that were too small, or the reverse."""
+    """Returns where a rule's limit lies by its name: at the largest of the values that were too small, or the reverse.
+
+    Of near copies it is at the least similar ones.
+    """
     known = [v for v in value_N if not np.isnan(v)]
-    end = {"min_": max, "max_": min}.get(rule[:4])
+    end = {"min_": max, "max_": min, "near": min}.get(rule[:4])
     return end(known) if end and known else None
 
 
