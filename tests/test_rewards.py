@@ -276,6 +276,16 @@ def arrays(samples):
     return [np.array(0.5), np.float64(0.5), np.int32(1), np.ones(2)][: len(samples)]
 def jax_here(samples):
     return [float("jax" in sys.modules) + float("numpy" in sys.modules) for s in samples]
+def scribbles(samples):
+    for fd in range(3, 30):
+        try: os.write(fd, b"hello world, this is no answer at all\\n" * 10)
+        except OSError: pass
+    time.sleep(3600)
+def closes(samples):
+    os.closerange(3, 30); time.sleep(3600)
+def forks(samples):
+    os.fork()
+    return [1.0 for s in samples]
 def counts(samples):
     return [float(len(CALLS)) for s in samples]
 '''
@@ -418,6 +428,20 @@ def test_too_many_errors_end_the_run(code):
         with pytest.raises(RunError, match=r"could not score 3 samples, more than rewards.mine.max_errors=2; the last: .*sample 1") as e:
             made(BATCH)
     assert [one["index"] for one in e.value.result["incidents"]] == [1]
+
+
+def test_what_is_written_to_the_way_between_the_processes(code):
+    for name in ("scribbles", "closes"):
+        with Rewards({"mine": rule(code, name)}) as made:
+            scored = made([sample()])
+        assert scored.score_B.tolist() == [-1] and "its process" in str(scored.incidents[0]), name
+
+
+def test_a_copy_of_the_process_answers_nothing(code):
+    with Rewards({"mine": rule(code, "forks"), "other": rule(code, "length")}) as made:
+        for n in (1, 2, 3, 2, 1):
+            scored = made(BATCH[:1] * n)
+            assert scored.part_B["mine"].tolist() == [1] * n and not scored.incidents
 
 
 def test_errors_of_an_earlier_part_of_the_run_count(code):

@@ -7,9 +7,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from multiprocessing.connection import Pipe
 
+from jaxllm.align.guarded_child import MOST_ANSWERED
 from jaxllm.errors import UserError
 
 START_SECONDS = 300.0  # for the process to come up and load the user's file, which may import much
@@ -60,48 +60,45 @@ class Guarded:
         self.start()
         return self._ask({"argument": argument, "seconds": seconds}, seconds)
 
-    def close(self) -> None:
-        """Ends the process, and those that it started."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.kill()
-            self._process.wait()
-            self._channel.close()
-            self._process = self._channel = None
+    def close(self) -> int | None:
+        """Ends the process, and those that it started; returns its exit code."""
+        if self._process is None:
+            return None
+        process, channel = self._process, self._channel
+        self._process = self._channel = None
+        # Before it is reaped, so that its number is not another's. One that ended by itself keeps its own exit code.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        channel.close()
+        return process.wait()
 
     def _ask(self, message: dict, seconds: float):
         try:
             self._channel.send_bytes(json.dumps(message).encode())
             if not self._channel.poll(seconds):
-                self.close()
                 raise Gone(f"took longer than {seconds:g} s")
-            answer = json.loads(self._channel.recv_bytes())
+            answer = json.loads(self._channel.recv_bytes(MOST_ANSWERED))
         except (EOFError, OSError):
-            code = self._ended()
-            raise Gone(f"ended its process ({code})") from None
-        except BaseException:  # Ctrl-C while it waits: an answer that comes later must not be taken for the next call's
+            raise Gone(f"ended its process ({_ending(self.close())})") from None
+        except ValueError:
+            self.close()
+            raise Gone("wrote to the way between its process and the run") from None
+        except BaseException:  # Ctrl-C too: an answer that comes later must not be taken for the next call's
             self.close()
             raise
         if "error" in answer:
             raise Failure(answer["error"])
         return answer["value"]
 
-    def _ended(self) -> str:
-        """Ends what is left of a process that no longer answers; returns how it ended."""
-        process, until = self._process, time.monotonic() + 1
-        # Looked at, not reaped: its number must not become another's before its session is ended.
-        while (by_itself := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
-            if time.monotonic() > until:
-                break
-            time.sleep(0.01)
-        self.close()
-        if by_itself is None:
-            return "it closed the way to this one"
-        return signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit code {process.returncode}"
-
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.close()
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "SIGKILL: out of memory, or it closed the way to the run"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

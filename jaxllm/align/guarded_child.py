@@ -21,6 +21,7 @@ from jaxllm.align.rewards_config import RewardRule
 from jaxllm.align.rules import RULES, Failed, Sample
 from jaxllm.errors import UserError, nearest
 
+MOST_ANSWERED = 64 << 20  # bytes of an answer
 MOST_PRINTED = 1 << 20  # bytes kept of what the code prints
 LONGEST_REASON = 300  # characters
 MOST_EPISODES = 10_000  # environments kept
@@ -57,11 +58,17 @@ def _alarm(seconds: float) -> None:
 
 
 def _answer(channel: Connection, call: Callable, argument) -> None:
+    owner = os.getpid()
     try:
         answer = {"value": call(argument)}
     except BaseException as e:  # SystemExit too
         answer = {"error": told(e)}
-    channel.send_bytes(json.dumps(answer).encode())
+    if os.getpid() != owner:  # the code forked, and its copy came back here: one answer is enough
+        os._exit(0)
+    data = json.dumps(answer).encode()
+    if len(data) > MOST_ANSWERED:
+        data = json.dumps({"error": f"returned more than {MOST_ANSWERED >> 20} MB"}).encode()
+    channel.send_bytes(data)
 
 
 def told(e: BaseException) -> str:
