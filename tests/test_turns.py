@@ -1,6 +1,7 @@
 """Episodes of several turns: arrays, limits, what the policy sees, and that no environment token counts as an action."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ from jaxllm.align import ppo
 from jaxllm.align.environments import Environments, Step
 from jaxllm.align.environments_config import EnvironmentConfig
 from jaxllm.align.rewards_config import RewardRule
-from jaxllm.align.turns import Player, chat_reply, plain_reply
+from jaxllm.align.turns import Player, by_sampler, chat_reply, plain_reply
 from jaxllm.data.chat import load_chat
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import RunError, UserError
 from jaxllm.generate.config import SampleConfig
+from jaxllm.generate.continuous import Sampler
 from jaxllm.generate.engine import Engine
+from jaxllm.generate.rollout_arrays import Rollout
 
 BYTES = load_tokenizer("bytes")
 EOS, PAD = BYTES.eos_id, BYTES.pad_id
@@ -175,6 +178,17 @@ def test_tokens_are_limited():
         assert (found.finish, found.score_B.tolist(), found.ended_B.tolist()) == ((["done"], [1], [True]) if R >= n else (["length"], [-1], [False]))
 
 
+def test_what_is_written_behind_a_call_is_cut_off():
+    """A policy that does not stop there: its episode is that of one that does, log-probabilities and all."""
+    on = {"1+2=": ["<calc>1+2</calc> is 4, <calc>4</calc>", "3$"], "9=": ["<calc>9</calc>more$", "9$"]}
+    stops = {"1+2=": ["<calc>1+2</calc>", "3$"], "9=": ["<calc>9</calc>", "9$"]}
+    found, want = (player().play([ROWS[0], ROWS[2]], Scripted(turns), prompt_slots=8, response_slots=80) for turns in (on, stops))
+    for key in ("token_BS", "logp_BR", "action_BR", "length_B", "ended_B", "score_B"):
+        np.testing.assert_array_equal(getattr(found, key), getattr(want, key))
+    ended = player().play(ROWS[2:], Scripted({"9=": ["<calc>9</calc>$", "9$"]}), prompt_slots=8, response_slots=80)
+    assert ended.token_BS[0].tolist().count(EOS) == 2 and ended.score_B.tolist() == [1]  # right behind the call, it is the policy's
+
+
 def test_an_end_token_is_needed_unless_told_otherwise():
     for must_end, score, finish in ((True, 0.0, "length"), (False, 1.0, "done")):
         found = player(kind="answer", must_end=must_end).play(ROWS[2:], Scripted({"9=": ["9"]}), prompt_slots=8, response_slots=8)
@@ -295,35 +309,36 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 
 @pytest.mark.slow
-def test_episodes_of_a_real_policy_are_what_it_would_write():
-    """A toy model, asked turn by turn: greedy, its tokens and log-probabilities are those of one call per prefix, and those of the
-    trainer's full forward over the whole sequence, at action positions alone."""
-    from flax import nnx
-
-    from jaxllm.train.loss import token_logps
-
-    model = dataclasses.replace(toy.MODEL, vocab_size=BYTES.vocab_size, max_seq_len=200)
+@pytest.mark.parametrize("kind", ["engine", "sampler"])
+def test_the_logprobs_of_a_real_policy_are_those_of_the_whole_sequence(kind):
+    """A toy model, asked turn by turn, against one pass over each whole episode, at action positions alone."""
+    model = dataclasses.replace(toy.MODEL, vocab_size=BYTES.vocab_size, max_seq_len=64)
     prog = toy.program(model)
     with jax.set_mesh(prog.mesh):
         params = prog.init().params
+    sampler = Sampler(prog.graph, model, prog.mesh, eos_id=EOS, pad_id=PAD, vocab_size=BYTES.vocab_size)
+    sampler.load(params)
+    cfg = SampleConfig(max_tokens=2, temperature=1.0)
+
     engine = Engine(prog.graph, params, model, BYTES, prog.mesh)
 
-    def generate(prompts):
-        out = engine.generate(prompts, SampleConfig(max_tokens=2, temperature=0), logprobs=True)
-        return [(c.tokens, c.logprobs, c.finish == "eos") for c in out]
+    def by_engine(seed):
+        draws = np.random.default_rng(seed)  # anew each turn: the same seeds would draw the same tokens again
 
-    found = player(Says("env")).play([{"prompt": "a"}, {"prompt": "b"}], generate, prompt_slots=4, response_slots=20)
-    assert (found.turns_B == 3).all() and found.length_B.tolist() == [12, 12]
+        def generate(prompts):
+            out = engine.generate(prompts, cfg, draws.integers(0, 2**32, len(prompts)).tolist(), logprobs=True)
+            return [(c.tokens, c.logprobs, c.finish == "eos") for c in out]
+
+        return generate
+
+    rows, policy = [{"prompt": "a"}, {"prompt": "b"}], by_engine if kind == "engine" else partial(by_sampler, sampler, cfg)
+    found, again, other = (player(Says("env")).play(rows, policy(seed), prompt_slots=4, response_slots=20) for seed in (0, 0, 1))
     assert found.action_BR[:, :12].tolist() == [([1.0] * 2 + [0.0] * 3) * 2 + [1.0] * 2] * 2
-
-    def run(params, token_BT):
-        built = nnx.merge(prog.graph, params)
-        pos_BT = jnp.tile(jnp.arange(token_BT.shape[1] - 1, dtype=jnp.int32)[None], (2, 1))
-        return token_logps(built.hidden(token_BT[:, :-1], pos_BT, jnp.ones_like(pos_BT)), built.head_DV(), token_BT[:, 1:], chunk=1000)
-
-    with jax.set_mesh(prog.mesh):
-        logp_BT = np.asarray(jax.jit(run)(params, found.token_BS[:, 2 : 4 + 12]))
-    np.testing.assert_allclose(found.logp_BR[:, :12], logp_BT[:, -12:] * found.action_BR[:, :12], atol=1e-5)
+    whole = Rollout(found.token_BS, found.first_B, found.length_B, found.action_BR, found.logp_BR, found.ended_B)
+    np.testing.assert_allclose(found.logp_BR, sampler.score(whole) * found.action_BR, atol=1e-5)
+    np.testing.assert_array_equal(found.token_BS, again.token_BS)
+    assert (found.token_BS != other.token_BS).any()
+    assert (found.token_BS[:, 4:6] != found.token_BS[:, 9:11]).any() and (found.token_BS[0] != found.token_BS[1]).any()
 
 
 def test_rules_of_rewards_read_the_samples():

@@ -170,8 +170,8 @@ class UserEnvironment:
 class Environments:
     """Makes a run's episodes, and holds the processes of a user's code, which end with `close`.
 
-    `stop` are the strings at which sampling has to stop for a tool to be called (SampleConfig.stop). What a user's code prints
-    goes to files in `output`. Raises UserError where it cannot be loaded.
+    `stop` are the strings that call a tool, at which sampling may stop (SampleConfig.stop); what is written behind one is cut
+    off. What a user's code prints goes to files in `output`. Raises UserError where it cannot be loaded.
     """
 
     def __init__(self, cfg: EnvironmentConfig, output: pathlib.Path | None = None):

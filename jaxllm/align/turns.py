@@ -6,7 +6,9 @@ What the policy sees next turn are the tokens so far, its own as it sampled them
 turned into text and back.
 """
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,6 +22,9 @@ from jaxllm.data.chat import Chat
 from jaxllm.data.prompts import left_padded, text_of
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import RunError, UserError
+from jaxllm.generate.config import SampleConfig
+from jaxllm.generate.continuous import Sampler
+from jaxllm.generate.engine import power_of_two
 
 # prompts -> for each the tokens that were sampled, their log-probabilities, and whether the last is the end token
 Generate = Callable[[list[list[int]]], Sequence[tuple[Sequence[int], Sequence[float], bool]]]
@@ -111,9 +116,9 @@ class Player:
         tokens, logps, ended = turn
         if len(tokens) != len(logps):
             raise ValueError(f"generate returned {len(logps)} log-probabilities of {len(tokens)} tokens")
-        left = response_slots - len(episode.tokens)
-        episode.ended = bool(ended) and len(tokens) <= left
-        tokens, logps = list(tokens)[:left], list(logps)[:left]
+        n = min(self._until_stop(tokens, ended), response_slots - len(episode.tokens))
+        episode.ended = bool(ended) and len(tokens) == n
+        tokens, logps = list(tokens)[:n], list(logps)[:n]
         episode.add(tokens, 1.0, logps)
         episode.turns += 1
         try:
@@ -139,6 +144,22 @@ class Player:
                 episode.add(said_tokens, 0.0, [0.0] * len(said_tokens))
         if episode.finish in ("turns", "length"):
             episode.score = self.cfg.unfinished
+
+    def _until_stop(self, tokens: Sequence[int], ended: bool) -> int:
+        """Returns how many tokens it takes to call a tool, with an end token right behind the call, or all.
+
+        What else was written behind it, before an answer was there, is no part of the turn. The tokens that are left are drawn
+        as they would be if sampling had stopped there.
+        """
+
+        def calls(n: int) -> bool:
+            text = self.tokenizer.decode(tokens[:n])
+            return any(stop in text for stop in self.environments.stop)
+
+        if not self.environments.stop or not calls(len(tokens)):
+            return len(tokens)
+        n = bisect.bisect_left(range(len(tokens)), True, key=calls)
+        return len(tokens) if ended and n == len(tokens) - 1 else n
 
     def _failed(self, episode: _Episode, i: int, e: Exception, incidents: list[Incident]) -> None:
         episode.finish, episode.score = "failed", self.cfg.on_error
@@ -168,6 +189,23 @@ class Player:
     def _sample(self, e: _Episode) -> Sample:
         written = e.tokens[:-1] if e.ended else e.tokens
         return Sample(e.text, self.tokenizer.decode(written), e.tokens, e.ended, e.row, e.prompt)
+
+
+def by_sampler(sampler: Sampler, cfg: SampleConfig, seed: int, stop_ids: tuple[int, ...] = ()) -> Generate:
+    """Returns a policy that writes with the sampler of rollouts, at most cfg.max_tokens a turn.
+
+    What it draws is a function of the seed, the turn's number and the prompt's place among those of the turn: make one for
+    each batch.
+    """
+    turns = itertools.count()
+
+    def generate(prompts: list[list[int]]):
+        seeds = np.random.default_rng([seed, next(turns)]).integers(0, 2**32, len(prompts), np.uint32)
+        out = sampler.sample(prompts, n=1, cfg=cfg, seeds=seeds, prompt_slots=power_of_two(max(map(len, prompts))),
+                             response_slots=cfg.max_tokens, stop_ids=stop_ids)
+        return [(out.response(i), out.logp_BR[i, : out.length_B[i]], out.ended_B[i]) for i in range(len(prompts))]
+
+    return generate
 
 
 def plain_reply(tokenizer: Tokenizer) -> Reply:
