@@ -560,8 +560,6 @@ FAULTS += [  # rewards and environments
           "tests/test_turns.py -k end_token"),
     Fault("what is written behind a call stays", "jaxllm/align/turns.py", "if not self.environments.stop or not calls(len(tokens)):", "if True:",
           "tests/test_turns.py -k behind_a_call"),
-    Fault("each turn draws the same", "jaxllm/align/turns.py", "default_rng([seed, next(turns)])", "default_rng([seed, 0])",
-          "tests/test_turns.py -k 'real_policy and sampler'"),
     Fault("a copy of the user's process answers too", "jaxllm/align/guarded_child.py", "if os.getpid() != owner:", "if False:",
           "tests/test_rewards.py -k copy_of"),
     Fault("an episode's score is its last turn's", "jaxllm/align/turns.py", "episode.score += score or 0.0", "episode.score = score or 0.0",
