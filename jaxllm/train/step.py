@@ -56,10 +56,14 @@ def accumulated(objective: Objective, micro_batches: int, params, batch, key):
     return in_parts(partial(loss_and_routed, objective), micro_batches, params, batch, key)
 
 
-def in_parts(loss, micro_batches: int, params, batch, key):
+def summed_parts(told_M):
+    return jax.tree.map(lambda x_M: jnp.sum(x_M, axis=0), told_M)
+
+
+def in_parts(loss, micro_batches: int, params, batch, key, merge=summed_parts):
     """Returns ((summed loss, (count, told)), gradients) of a batch, computed in parts one after the other.
 
-    `loss(params, batch, key) -> (summed loss, (count, told))`; `told`, a tree of sums or None, is summed over the parts too.
+    `loss(params, batch, key) -> (summed loss, (count, told))`; `told`, a tree or None, is merged over the parts: summed.
     """
     loss_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -73,7 +77,7 @@ def in_parts(loss, micro_batches: int, params, batch, key):
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
     (loss, n, grads), told = jax.lax.scan(accumulate, zeros, xs)
-    return (loss, (n, jax.tree.map(lambda a: jnp.sum(a, axis=0), told))), grads
+    return (loss, (n, merge(told))), grads
 
 
 def micro_key(key, i, micro_batches: int):
