@@ -1,7 +1,7 @@
 """The algorithms of RLHF as the loop uses them: what a batch of scored responses becomes, and what a minibatch minimises.
 
-`prepare(batch, coef)` adds the arrays that the loss reads and returns metrics besides; the batch has score_B, action_BR, logp_BR
-(of the sampler), ref_logp_BR and, with a critic, value_BR. Axes: B response, R response token.
+`prepare(batch, coef)` adds the arrays that the loss reads and returns metrics besides; the batch has score_B, action_BR,
+logp_BR (of the sampler), ref_logp_BR and, with a critic, value_BR. Axes: B response, R response token.
 """
 
 from collections.abc import Callable

@@ -39,6 +39,11 @@ class PolicyStats:
         return dataclasses.replace(total, ratio_min=jnp.minimum(self.ratio_min, other.ratio_min),
                                    ratio_max=jnp.maximum(self.ratio_max, other.ratio_max))
 
+    def over_parts(self) -> "PolicyStats":
+        """Returns the stats of all parts, of stats whose leaves are stacked by part."""
+        total = jax.tree.map(lambda x_M: jnp.sum(x_M, axis=0), self)
+        return dataclasses.replace(total, ratio_min=jnp.min(self.ratio_min), ratio_max=jnp.max(self.ratio_max))
+
     def metrics(self) -> dict[str, jax.Array]:
         """Returns means over actions by name; of no actions, a ratio of 1 and zeros."""
         n = jnp.maximum(self.count, 1.0)

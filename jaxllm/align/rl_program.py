@@ -1,7 +1,8 @@
 """The state of an RLHF run and its compiled functions, all born sharded.
 
-The state is a TrainState, so that checkpoints, `jaxllm inspect` and `jaxllm generate` know it: `step` counts iterations, `params` is the
-policy, and `opt_state` holds all else that goes on: {"opt", "updates", "kl_coef", "moments"} and, where they are used, {"critic", "ema"}.
+The state is a TrainState, so that checkpoints, `jaxllm inspect` and `jaxllm generate` know it: `step` counts iterations,
+`params` is the policy, and `opt_state` holds all else that goes on: {"opt", "updates", "kl_coef", "moments"} and, where they
+are used, {"critic", "ema"}.
 """
 
 import dataclasses
@@ -42,6 +43,8 @@ def build(cfg: RLHFConfig, models: Models, start: dict, reading: Reading, algori
         copied = jax.tree.map(jnp.copy, start)  # steps take their state's memory
         if "critic" in start:
             opt_state["critic"] = {"params": copied["critic"], "opt": optimizers["critic"].tx.init(start["critic"])}
+        if cfg.rollout.stale:
+            opt_state["pending"] = _nothing_pending(cfg)
         if cfg.train.ema:
             opt_state["ema"] = jax.tree.map(jnp.copy, start["policy"])
         rng = jax.random.key_data(jax.random.key(seed))
@@ -61,6 +64,14 @@ def build(cfg: RLHFConfig, models: Models, start: dict, reading: Reading, algori
     )
 
 
+def _nothing_pending(cfg: RLHFConfig) -> dict:
+    """Returns arrays of the shapes of the responses that wait while older ones are learned from."""
+    B, P, R = cfg.rollout.prompts * cfg.rollout.samples, cfg.prompts.prompt_len, cfg.rollout.response_len
+    return {"token_BS": jnp.zeros((B, P + R), jnp.int32), "first_B": jnp.zeros(B, jnp.int32), "length_B": jnp.zeros(B, jnp.int32),
+            "action_BR": jnp.zeros((B, R), jnp.float32), "logp_BR": jnp.zeros((B, R), jnp.float32), "ended_B": jnp.zeros(B, bool),
+            "score_B": jnp.zeros(B, jnp.float32)}
+
+
 def _placement(abstract: TrainState, mesh, optimizers) -> TrainState:
     """Returns where each leaf lives: a moment beside its parameter, whichever model that is of; all else is everywhere."""
     everywhere, own = replicated(mesh), abstract.opt_state
@@ -75,6 +86,8 @@ def _placement(abstract: TrainState, mesh, optimizers) -> TrainState:
     if "critic" in own:
         critic = of(own["critic"]["params"], own["critic"]["opt"], optimizers["critic"].zero1)
         opt_state["critic"] = {"params": critic[0], "opt": critic[1]}
+    if "pending" in own:
+        opt_state["pending"] = jax.tree.map(lambda _: row_sharding(mesh), own["pending"])
     if "ema" in own:
         opt_state["ema"] = shardings(own["ema"], mesh)
     return TrainState(everywhere, params, opt_state, everywhere)
@@ -113,7 +126,7 @@ def _update(models, reading, losses, optimizers, micro_batches, ptx, ema, state:
     parts |= {name: own[name] for name in ("critic", "ema") if name in own}
     parts, metrics = update(models, reading, losses, optimizers, micro_batches, ptx, ema, parts, batch, row_B, text)
     own |= {"opt": parts["policy"]["opt"], "updates": parts["updates"]}
-    own |= {name: parts[name] for name in ("critic", "ema") if name in parts}
+    own |= {name: parts[name] for name in ("critic", "ema") if name in parts}  # what waits stays as it is
     return dataclasses.replace(state, params=parts["policy"]["params"], opt_state=own), metrics
 
 

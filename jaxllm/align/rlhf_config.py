@@ -29,7 +29,8 @@ class RolloutConfig:
     top_p: float = 1.0  # sample from the likeliest tokens whose probabilities sum to this
     rows: int | None = None  # responses that are decoded at once, a finished one replaced by the next prompt; null: all
     no_end_penalty: float = 0.0  # taken from the score of a response that has no end token
-    # largest mean difference, in nats a token, between the sampler's and the trainer's log-probabilities; above it the run stops
+    # largest mean difference, in nats a token, between the sampler's and the trainer's log-probabilities; above it the run
+    # stops
     gap: float = 0.05
     stale: Literal[0, 1] = 0  # 1: responses are sampled with the weights of one iteration before, while those are still updated
     stale_cap: float = 2.0  # with stale: most that a token's importance weight may be
@@ -116,7 +117,8 @@ class GroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PtxConfig:
-    """Pretraining gradients mixed into the policy's (Ouyang et al. 2022, PPO-ptx), and what the alignment tax is measured on."""
+    """Pretraining gradients mixed into the policy's (Ouyang et al. 2022, PPO-ptx), and what the alignment tax is measured
+    on."""
 
     coef: float = 0.0  # weight of the pretraining loss, a mean over its tokens (InstructGPT: 27.8); 0: none
     examples: float = 8.0  # pretraining rows for each response of a minibatch

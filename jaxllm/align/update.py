@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from jaxllm.model.heads import cast
+from jaxllm.partition import constrain
 from jaxllm.train.loss import token_logps, token_logps_and_entropies
 from jaxllm.train.optim import Optimizer, finite_leaves
 from jaxllm.train.step import in_parts
@@ -72,11 +73,11 @@ def update(models: Models, reading: Reading, losses: Losses, optimizers, micro_b
            text):
     """Returns (the next state, metrics) of one optimizer step on the rows `row_B` of a batch.
 
-    `state`: {"policy": {"params", "opt"}, "critic": the same, "ema": params}, of which the last two may be absent. `ptx`: (coefficient,
-    loss of a batch of pretraining text -> (sum, (count, ...))), with `text` that batch; None: no such gradients. Each loss's sum
-    is divided once, by its count over all micro-batches.
+    `state`: {"policy": {"params", "opt"}, "critic": the same, "ema": params}, of which the last two may be absent. `ptx`:
+    (coefficient, loss of a batch of pretraining text -> (sum, (count, None))), with `text` that batch; None: no such
+    gradients. Each loss's sum is divided once, by its count over all micro-batches.
     """
-    minibatch = jax.tree.map(lambda x: x[row_B], batch)
+    minibatch = jax.tree.map(lambda x: constrain(x[row_B], "batch", *[None] * (x.ndim - 1)), batch)
     state, metrics = dict(state), {}
 
     def of_policy(params, part, key):

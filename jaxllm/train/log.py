@@ -74,7 +74,10 @@ class RunLog:
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")
         parts.append(f"ETA {clock(seconds_left)}")
-        text = "  ".join(parts)
+        self.show("  ".join(parts))
+
+    def show(self, text: str) -> None:
+        """Shows how far the run is: on a terminal in place of what it said before."""
         if not self.writes:
             return
         with contextlib.suppress(BrokenPipeError):
