@@ -34,6 +34,10 @@ VERBS = {
                         "let experts label what was kept and removed; tell how right the filters are", takes="run"),
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
+    "reward": Verb("jaxllm.align.reward_config:RewardVerb", "jaxllm.align.reward:main", "reward CONFIG.yaml",
+                   "train a model that scores answers from ranked ones"),
+    "rlhf": Verb("jaxllm.align.rlhf_config:RLHFConfig", "jaxllm.align.rlhf_run:main", "rlhf CONFIG.yaml",
+                 "align a model by reinforcement learning: PPO or GRPO and its kin"),
     "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.verb:main", "generate RUN --prompt=TEXT",
                      "continue prompts with a trained model", takes="run"),
     "chat": Verb("jaxllm.generate.config:ChatVerb", "jaxllm.generate.chat:main", "chat RUN",
@@ -195,6 +199,6 @@ def _find(reference: str):
 
 def entry_point() -> None:
     """What the installed `jaxllm` script and `python -m jaxllm` call: a command that computes gets huge pages first."""
-    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "generate", "chat"):
+    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "reward", "rlhf", "generate", "chat"):
         use_huge_pages()
     sys.exit(main(sys.argv[1:]))

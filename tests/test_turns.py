@@ -106,7 +106,7 @@ class Says:
     """An environment of three turns that answers with one word, scored each time."""
 
     stop: list = []
-    cfg = EnvironmentConfig()
+    cfg = EnvironmentConfig(kind="answer")
 
     def __init__(self, word):
         self.word = word

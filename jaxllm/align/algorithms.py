@@ -83,7 +83,9 @@ def without_critic(cfg: RLHFConfig) -> Algorithm:
             compared = {"grpo": grpo.group_normalised, "dapo": grpo.group_normalised, "gspo": grpo.group_normalised,
                         "dr_grpo": grpo.group_centred, "rloo": grpo.leave_one_out}[name]
             advantage_BR = grpo.on_tokens(compared(score_B, group_size=size), action_BR)
-        told = {"informative": jnp.mean(grpo.keep_informative(score_B, group_size=size).astype(jnp.float32))} if size > 1 else {}
+        told = {}
+        if size > 1:
+            told["informative"] = jnp.mean(grpo.keep_informative(score_B, group_size=size).astype(jnp.float32))
         in_loss = jnp.asarray(0.0 if name == "reinforce_pp" else coef, jnp.float32)
         coef_B = jnp.full(score_B.shape, 1.0, jnp.float32) * in_loss
         return batch | {"advantage_BR": _corrected(cfg, batch, advantage_BR), "coef_B": coef_B}, told

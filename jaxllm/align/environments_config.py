@@ -9,8 +9,9 @@ from jaxllm.align.rewards_config import RewardRule, check_rewards, has_pattern
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentConfig:
-    # answer: one turn; tools: turns until the response calls no tool; python: a class of yours
-    kind: Literal["answer", "tools", "python"] = "answer"
+    # none: rewards score a response, and nothing answers it; answer: one turn; tools: turns until the response calls no tool;
+    # python: a class of yours
+    kind: Literal["none", "answer", "tools", "python"] = "none"
     # tools: name -> calculator, or path/to/file.py:function, which makes text of text; the policy writes <NAME>text</NAME>
     tools: dict[str, str] = field(default_factory=lambda: {"calc": "calculator"})
     function: str | None = None  # python: path/to/file.py:Class, with reset(row) and step(text)

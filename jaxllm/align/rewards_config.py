@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 
@@ -44,6 +44,7 @@ class RewardRule:
     retry: bool = True  # the same: score the samples of a batch that failed alone; false: where samples are compared
     run: str | None = None  # model: its run folder
     step: int | None = None  # model: the checkpoint; null: the newest
+    objectives: dict[str, float] = field(default_factory=dict)  # model: weight of each of its objectives; none given: 1 each
 
 
 OF_KIND = {  # setting -> the kinds that it belongs to; those that are not named belong to all
@@ -53,7 +54,7 @@ OF_KIND = {  # setting -> the kinds that it belongs to; those that are not named
     **dict.fromkeys(("unit", "target", "limit", "soft"), ("length",)), **dict.fromkeys(("format", "tags", "keys"), ("format",)),
     **dict.fromkeys(("function", "dicts"), ("python",)),
     **dict.fromkeys(("timeout", "sample_timeout", "retry"), ("python", "regex", "exact")),
-    **dict.fromkeys(("run", "step"), ("model",)),
+    **dict.fromkeys(("run", "step", "objectives"), ("model",)),
 }
 
 

@@ -26,13 +26,13 @@ class RLProgram(NamedTuple):
     mesh: Any
     init: Any  # () -> TrainState, placed
     abstract: TrainState  # shapes, types and placements
-    read: Any  # (state, reference, batch) -> (batch with everything that a minibatch needs, state with its scales moved, metrics)
+    read: Any  # (state, reference, batch) -> (the batch with all that a minibatch needs, moments of the scores, metrics)
     update: Any  # (state, batch, row_B, text) -> (state, metrics); the state is donated
     finish: Any  # (state, kl) -> state with the KL coefficient moved and the iteration counted
 
 
-def build(cfg: RLHFConfig, models: Models, start: dict, reading: Reading, algorithm: Algorithm, optimizers: dict[str, Optimizer],
-          mesh, *, text_loss=None) -> RLProgram:
+def build(cfg: RLHFConfig, models: Models, start: dict, reading: Reading, algorithm: Algorithm,
+          optimizers: dict[str, Optimizer], mesh, *, text_loss=None) -> RLProgram:
     """Returns the program of a run that starts from `start`: {"policy": params, "critic": params}, placed arrays that stay.
 
     `text_loss(params, batch, key) -> (sum, (count, ...))` is the pretraining loss of ptx, or None.
@@ -67,9 +67,10 @@ def build(cfg: RLHFConfig, models: Models, start: dict, reading: Reading, algori
 def _nothing_pending(cfg: RLHFConfig) -> dict:
     """Returns arrays of the shapes of the responses that wait while older ones are learned from."""
     B, P, R = cfg.rollout.prompts * cfg.rollout.samples, cfg.prompts.prompt_len, cfg.rollout.response_len
-    return {"token_BS": jnp.zeros((B, P + R), jnp.int32), "first_B": jnp.zeros(B, jnp.int32), "length_B": jnp.zeros(B, jnp.int32),
-            "action_BR": jnp.zeros((B, R), jnp.float32), "logp_BR": jnp.zeros((B, R), jnp.float32), "ended_B": jnp.zeros(B, bool),
-            "score_B": jnp.zeros(B, jnp.float32)}
+    shapes = {"token_BS": ((B, P + R), jnp.int32), "first_B": ((B,), jnp.int32), "length_B": ((B,), jnp.int32),
+              "action_BR": ((B, R), jnp.float32), "logp_BR": ((B, R), jnp.float32), "ended_B": ((B,), jnp.bool),
+              "score_B": ((B,), jnp.float32)}
+    return {name: jnp.zeros(shape, kind) for name, (shape, kind) in shapes.items()}
 
 
 def _placement(abstract: TrainState, mesh, optimizers) -> TrainState:

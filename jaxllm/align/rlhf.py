@@ -7,6 +7,7 @@ Axes: B response, S slot.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ class Loop:
     log: RunLog
     text: Callable[[int], Iterator[dict]] | None = None  # optimizer steps done -> batches of pretraining text
     text_loss: Callable[[Any], dict] | None = None  # params -> the language model's held-out loss
+    player: Any = None  # turns.Player, where an environment answers the policy
     tokens: int = 0  # generated before this start
     errors: dict | None = None  # the rewards' count of samples that could not be scored, part of the data position
 
@@ -77,8 +79,9 @@ def train(loop: Loop, state: TrainState, start: int) -> TrainState:
             aside += time.perf_counter() - before
             if stopping is not None and not finished:
                 loop.checkpoints.wait()
-                loop.log.incident(step, "stopped", f"stopped by {stopping} after iteration {step}; run the same command to go on")
-                raise Stopped(f"stopped after iteration {step}, saved; run the same command to go on")
+                told = f"after iteration {step}; run the same command to go on"
+                loop.log.incident(step, "stopped", f"stopped by {stopping} {told}")
+                raise Stopped(f"stopped, saved {told}")
     loop.checkpoints.wait()
     return state
 
@@ -135,13 +138,39 @@ def _sampled(loop: Loop, prompts: list[Prompt], step: int, refill: int):
     n = cfg.rollout.samples
     how = SampleConfig(max_tokens=cfg.rollout.response_len, temperature=cfg.rollout.temperature, top_k=cfg.rollout.top_k,
                        top_p=cfg.rollout.top_p)
-    seeds_B = np.random.SeedSequence([cfg.run.seed, step, refill]).generate_state(len(prompts) * n)  # by place in the whole batch
-    with jax.set_mesh(loop.program.mesh):
-        rollout = loop.sampler.sample([p.tokens for p in prompts], n=n, cfg=how, seeds=seeds_B, rows=cfg.rollout.rows,
-                                      prompt_slots=cfg.prompts.prompt_len, response_slots=cfg.rollout.response_len)
+    return _written(loop, prompts, n, how, [cfg.run.seed, step, refill])
+
+
+def _written(loop: Loop, prompts: list[Prompt], n: int, how: SampleConfig, seed: list[int]):
+    """Returns (arrays, samples, scores) of n responses to each prompt, in one turn or as episodes."""
+    cfg, slots = loop.cfg, dict(prompt_slots=loop.cfg.prompts.prompt_len, response_slots=loop.cfg.rollout.response_len)
+    if loop.player is not None:
+        return _played(loop, [p.row for p in prompts for _ in range(n)], how, seed, slots)
+    # by place in the whole batch, wherever that is computed
+    seeds_B = np.random.SeedSequence(seed).generate_state(len(prompts) * n)
+    rollout = loop.sampler.sample([p.tokens for p in prompts], n=n, cfg=how, seeds=seeds_B, rows=cfg.rollout.rows, **slots)
     arrays = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
     samples = [samples_of(loop, prompts[i // n], arrays, i, cfg.prompts.prompt_len) for i in range(len(prompts) * n)]
     return arrays, samples, loop.score(samples)
+
+
+def _played(loop: Loop, rows: list[dict], how: SampleConfig, seed: list[int], slots: dict):
+    """Returns (arrays, samples, scores) of an episode of each row: the environment's score and the rewards'."""
+    cfg, turns = loop.cfg, itertools.count()
+
+    def generate(prompts):
+        seeds_X = np.random.SeedSequence([*seed, 1 + next(turns)]).generate_state(len(prompts))
+        longest = slots["prompt_slots"] + slots["response_slots"]
+        rollout = loop.sampler.sample(prompts, n=1, cfg=how, seeds=seeds_X, rows=cfg.rollout.rows, prompt_slots=longest,
+                                      response_slots=slots["response_slots"])
+        return [(rollout.response(i), rollout.logp_BR[i, : rollout.length_B[i]], bool(rollout.ended_B[i]))
+                for i in range(len(prompts))]
+
+    played = loop.player.play(rows, generate, **slots)
+    scored = loop.score(played.samples)
+    arrays = {name: getattr(played, name) for name in PENDING if name != "score_B"}
+    parts = scored.part_B | {"environment": played.score_B, "turns": played.turns_B.astype(np.float32)}
+    return arrays, played.samples, Scored(scored.score_B + played.score_B, parts, scored.incidents + played.incidents)
 
 
 def samples_of(loop: Loop, prompt: Prompt, arrays: dict, i: int, prompt_slots: int) -> Sample:
@@ -227,7 +256,8 @@ def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, samples=(),
         line = evaluate(loop, state)
         if line:
             loop.log.metrics({"step": step, "tokens": tokens, "time": round(time.time(), 3), **line})
-            loop.log.say(f"  held-out at iteration {step}: " + ", ".join(f"{k.removeprefix('eval_')} {v:.4g}" for k, v in line.items()))
+            told = ", ".join(f"{k.removeprefix('eval_')} {v:.4g}" for k, v in line.items())
+            loop.log.say(f"  held-out at iteration {step}: {told}")
     if samples and cfg.train.sample_every and (finished or step % cfg.train.sample_every == 0):
         for one in samples[:: max(len(samples) // 3, 1)][:3]:
             loop.log.sample(step, one.prompt, one.response)
@@ -246,12 +276,7 @@ def evaluate(loop: Loop, state: TrainState) -> dict:
         loop.sampler.load(params)
         for kind, temperature in (("greedy", 0.0), ("score", cfg.rollout.temperature)):
             how = SampleConfig(max_tokens=cfg.rollout.response_len, temperature=temperature)
-            seeds = np.random.SeedSequence([cfg.run.seed, 2]).generate_state(len(prompts))
-            with jax.set_mesh(loop.program.mesh):
-                rollout = loop.sampler.sample([p.tokens for p in prompts], n=1, cfg=how, seeds=seeds, rows=cfg.rollout.rows,
-                                              prompt_slots=cfg.prompts.prompt_len, response_slots=cfg.rollout.response_len)
-            arrays = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
-            scored = loop.score([samples_of(loop, p, arrays, i, cfg.prompts.prompt_len) for i, p in enumerate(prompts)])
+            arrays, _, scored = _written(loop, prompts, 1, how, [cfg.run.seed, 2])
             found[f"eval_{name}{kind}"] = float(np.mean(scored.score_B))
             found[f"eval_{name}{kind}_ended"] = float(np.mean(arrays["ended_B"]))
     return found | (loop.text_loss(state.params) if loop.text_loss else {})

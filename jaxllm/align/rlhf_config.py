@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxllm.align.config import BaseConfig
+from jaxllm.align.environments_config import EnvironmentConfig
 from jaxllm.align.rewards_config import RewardRule, check_rewards
 from jaxllm.data.config import Source
 from jaxllm.data.preference_config import PromptData
@@ -77,7 +78,8 @@ class PPOConfig:
     entropy_coef: float = 0.0  # weight of the entropy bonus
     whiten_rewards: bool = False  # divide token rewards by their deviation over the batch; their mean stays
     whiten_advantages: bool = True  # advantages with mean 0 and variance 1 over the batch
-    target_kl: float | None = None  # once a minibatch is this far from the old policy (nats a token), the iteration's rest is left out
+    # once a minibatch is so far from the old policy (nats a token), the iteration's rest is left out; null: never
+    target_kl: float | None = None
     # where the critic starts: the run of a reward model; null: the policy, with a head of zeros
     critic: str | None = None
     critic_head: Literal["keep", "zero"] = "keep"  # zero: of a reward model's run, all but the head
@@ -165,8 +167,8 @@ class RLTrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
         if not 0 <= self.ema < 1 or self.eval_every < 0 or self.sample_every < 0:
-            raise ValueError(f"train.ema={self.ema}, train.eval_every={self.eval_every}, train.sample_every={self.sample_every}: "
-                             "should be in [0, 1), and 0 or more")
+            raise ValueError(f"train.ema={self.ema}, train.eval_every={self.eval_every}, train.sample_every="
+                             f"{self.sample_every}: should be in [0, 1), and 0 or more")
 
 
 ALGORITHMS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp")
@@ -185,6 +187,7 @@ class RLHFConfig:
     prompts: PromptData = field(default_factory=PromptData)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: dict[str, RewardRule] = field(default_factory=dict)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -200,16 +203,16 @@ class RLHFConfig:
         n = self.rollout.prompts * self.rollout.samples
         parts = self.train.minibatches * self.train.micro_batches
         if n % parts:
-            raise ValueError(f"rollout.prompts={self.rollout.prompts} x rollout.samples={self.rollout.samples} is {n} responses, "
-                             f"which train.minibatches={self.train.minibatches} x train.micro_batches="
+            raise ValueError(f"rollout.prompts={self.rollout.prompts} x rollout.samples={self.rollout.samples} is {n} "
+                             f"responses, which train.minibatches={self.train.minibatches} x train.micro_batches="
                              f"{self.train.micro_batches} does not divide")
         if self.algorithm in COMPARING and self.rollout.samples < 2:
             raise ValueError(f"rollout.samples={self.rollout.samples}: algorithm={self.algorithm} compares the responses of a "
                              "prompt, and needs 2 or more of each")
         need = self.prompts.prompt_len + self.rollout.response_len
         if need > self.data.seq_len:
-            raise ValueError(f"prompts.prompt_len={self.prompts.prompt_len} + rollout.response_len={self.rollout.response_len} is "
-                             f"{need}, more than data.seq_len={self.data.seq_len}")
+            raise ValueError(f"prompts.prompt_len={self.prompts.prompt_len} + rollout.response_len="
+                             f"{self.rollout.response_len} is {need}, more than data.seq_len={self.data.seq_len}")
         if self.group.overlong > self.rollout.response_len:
             raise ValueError(f"group.overlong={self.group.overlong}: should be at most rollout.response_len="
                              f"{self.rollout.response_len}")

@@ -1,6 +1,6 @@
 """The program of a verb that tunes by batches: any loss, over whole weights or adapters beside frozen ones.
 
-`loss(params, frozen, batch, key) -> (summed loss, (count, told))`, with `told` a dict of sums that are logged as means.
+`loss(params, frozen, batch, key) -> (summed loss, (count, told))`, with `told` a dict of (sum, count) that are logged as means.
 """
 
 import dataclasses
@@ -53,11 +53,12 @@ def tuning_step(loss, optimizer: Optimizer, micro_batches: int, keyed: bool, sta
 
     (total, (n, told)), grads = in_parts(of_batch, micro_batches, state.params, batch, key)
     n = jnp.maximum(n, 1.0)  # a batch without targets moves nothing
-    total, told, grads = jax.tree.map(lambda x: x / n, (total, told, grads))
+    total, grads = jax.tree.map(lambda x: x / n, (total, grads))
+    told = {name: s / jnp.maximum(count, 1.0) for name, (s, count) in (told or {}).items()}
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, value=total)
     metrics = {
         "loss": total, "grad_norm": optax.tree.norm(grads), "lr": optimizer.rate(state.step, opt_state), "targets": n,
-        "finite_params": finite_leaves(state.params), "finite_grads": finite_leaves(grads), **(told or {}),
+        "finite_params": finite_leaves(state.params), "finite_grads": finite_leaves(grads), **told,
     }
     params = optax.apply_updates(state.params, updates)
     return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics

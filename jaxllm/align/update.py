@@ -69,8 +69,8 @@ class Models(NamedTuple):
     critic: nnx.GraphDef | None
 
 
-def update(models: Models, reading: Reading, losses: Losses, optimizers, micro_batches: int, ptx, ema: float, state, batch, row_B,
-           text):
+def update(models: Models, reading: Reading, losses: Losses, optimizers, micro_batches: int, ptx, ema: float, state, batch,
+           row_B, text):
     """Returns (the next state, metrics) of one optimizer step on the rows `row_B` of a batch.
 
     `state`: {"policy": {"params", "opt"}, "critic": the same, "ema": params}, of which the last two may be absent. `ptx`:

@@ -110,6 +110,10 @@ class Checkpoints:
             damaged(candidate, f"{wrong[0]} does not match its checksum")
         return None
 
+    def position(self, step: int) -> dict:
+        """Returns the data position that a checkpoint was saved with."""
+        return self.manager.restore(step, args=self.ocp.args.Composite(meta=self.ocp.args.JsonRestore())).meta["position"]
+
     def read_raw(self, step: int):
         """Returns (a checkpoint's arrays as they lie on disk, its position), for a look without the model's settings."""
         self._candidates(step)
