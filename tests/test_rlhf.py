@@ -8,14 +8,25 @@ import pytest
 import runs
 import toy
 import yaml
+from flax import nnx
 
 from jaxllm.align.algorithms import algorithm
 from jaxllm.align.rl_program import build
 from jaxllm.align.rlhf import trimmed
-from jaxllm.align.rlhf_config import ALGORITHMS, KLConfig, PPOConfig, RLDataConfig, RLHFConfig, RLTrainConfig, RolloutConfig, ScoreConfig
+from jaxllm.align.rlhf_config import (
+    ALGORITHMS,
+    KLConfig,
+    PPOConfig,
+    RLDataConfig,
+    RLHFConfig,
+    RLTrainConfig,
+    RolloutConfig,
+    ScoreConfig,
+)
 from jaxllm.align.update import Models, Reading
 from jaxllm.data.preference_config import PromptData
 from jaxllm.mesh import MeshConfig
+from jaxllm.model.formulation import REFERENCE
 from jaxllm.model.heads import LanguageModel, ScoreModel
 from jaxllm.partition import make_mesh, row_sharding
 from jaxllm.train.config import OptimConfig
@@ -48,16 +59,16 @@ def responses(seed: int = 0) -> dict[str, np.ndarray]:
 def program_of(cfg: RLHFConfig, devices: int = 1, **axes):
     mesh = make_mesh(MeshConfig(**({"data": 1} | axes)), jax.devices()[:devices])
     graph, abstract = structure(LanguageModel, toy.MODEL, mesh)
-    key = iter(range(100))
 
-    def drawn(a):
-        return jax.device_put(0.3 * np.random.default_rng(next(key)).normal(size=a.shape).astype(a.dtype), a.sharding)
+    def drawn(kind, abstract):
+        made = nnx.state(kind(toy.MODEL, REFERENCE, rngs=nnx.Rngs(3)), nnx.Param)
+        return jax.tree.map(lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, abstract)
 
-    start = {"policy": jax.tree.map(drawn, abstract)}
+    start = {"policy": drawn(LanguageModel, abstract)}
     optimizers, critic_graph = {"policy": make_optimizer(cfg.optim, 10)}, None
     if cfg.algorithm == "ppo":
         critic_graph, abstract = structure(ScoreModel, toy.MODEL, mesh)
-        start["critic"] = jax.tree.map(drawn, abstract)
+        start["critic"] = drawn(ScoreModel, abstract)
         optimizers["critic"] = make_optimizer(cfg.optim, 10)
     reading = Reading(np.dtype(np.float32), P, toy.MODEL.vocab_size - 2, cfg.rollout.temperature, 128)
     return build(cfg, Models(graph, critic_graph), start, reading, algorithm(cfg), optimizers, mesh)
@@ -68,7 +79,7 @@ def one_iteration(cfg: RLHFConfig, devices: int = 1, **axes):
     prog = program_of(cfg, devices, **axes)
     with jax.set_mesh(prog.mesh):
         state = prog.init()
-        batch, moments, told = prog.read(state, jax.tree.map(lambda x: x + 0.01, state.params), jax.device_put(responses(), row_sharding(prog.mesh)))
+        batch, moments, told = prog.read(state, jax.tree.map(lambda x: x * 1.05, state.params), jax.device_put(responses(), row_sharding(prog.mesh)))
         found = []
         for row_B in np.arange(B, dtype=np.int32).reshape(cfg.train.minibatches, -1):
             state, metrics = prog.update(state, batch, row_B, None)
@@ -191,7 +202,7 @@ def test_killed_anywhere_is_never_killed(how, base, tmp_path):
     config, rng = rlhf_config(hurt, base, **how), np.random.default_rng(1)
     for _ in range(20):
         process = runs.start("rlhf", config)
-        runs.wait_for(lambda: (hurt / "run/metrics.jsonl").exists() or process.poll() is not None)
+        runs.wait_for(lambda process=process: (hurt / "run/metrics.jsonl").exists() or process.poll() is not None)
         runs.kill(process, after=float(rng.uniform(1, 8)))
         if process.returncode == 0:
             break
