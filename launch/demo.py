@@ -15,6 +15,9 @@ import time
 
 TEXT = pathlib.Path("runs/demo-text/kjv.jsonl")
 RUN = pathlib.Path("runs/demo")
+SUMS = TEXT.parent
+NOISE = 0.35  # of the demonstrations: what RLHF then has to find better than they are
+STAGES = ("pretrain", "align")  # the second goes on after the first
 PROMPTS = ("In the beginning", "And the king said unto", "Blessed are they")
 
 
@@ -38,6 +41,25 @@ def make_text(path: pathlib.Path) -> int:
     return sum(len(d.encode()) for d in documents)
 
 
+def make_sums() -> None:
+    """Writes demonstrations, compared pairs and prompts of an addition task whose truth is known
+    (jaxllm/align/arithmetic.py)."""
+    import json
+
+    from jaxllm.align.arithmetic import Arithmetic, ArithmeticConfig
+
+    task = Arithmetic(ArithmeticConfig(noise=NOISE))
+    files = {
+        "sums-chain": (task.demonstration(i) for i in range(30_000)),
+        "sums-direct": (task.demonstration(i + 30_000, direct=True) for i in range(10_000)),
+        "sums-pairs": (task.preference(i) for i in range(12_000)),
+        "sums-prompts": (task.prompt(i) for i in range(8_000)),
+    }
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (SUMS / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
 def run(*words: str) -> None:
     """Shows and runs one jaxllm command; ends the demo with its exit code when it fails."""
     print(f"\n== jaxllm {shlex.join(words)}", flush=True)
@@ -48,17 +70,33 @@ def run(*words: str) -> None:
     print(f"== took {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def main() -> None:
-    began = time.perf_counter()
+def main(argv: list[str]) -> None:
+    began, stage = time.perf_counter(), stage_of(argv)
     print(f"\n== text: {make_text(TEXT) / 1e6:.1f} MB of English in {TEXT}", flush=True)
     if not pathlib.Path("runs/demo-text/tokenizer.model").exists():
         run("tokenizer", "configs/tokenizer/demo.yaml")
     run("pretrain", "configs/pretrain/demo.yaml")
     for prompt in PROMPTS:
         run("generate", str(RUN), f"--prompt={prompt}", "--sample.max_tokens=60", "--sample.temperature=0.7")
+    pages = [RUN / "report.html"]
+    if stage == "align":
+        make_sums()
+        for verb in ("sft", "reward", "rlhf"):
+            run(verb, f"configs/{verb}/demo.yaml")
+        subprocess.run([sys.executable, "launch/demo_table.py"], check=True)
+        pages += [pathlib.Path(f"runs/demo-{verb}/report.html") for verb in ("sft", "reward", "rlhf")]
     print(f"\n== all of it took {time.perf_counter() - began:.0f} s")
-    print(f"== open {RUN / 'report.html'} in a browser; go on with: jaxllm chat {RUN}")
+    print(f"== open {', '.join(map(str, pages))} in a browser; go on with: jaxllm chat {RUN}")
+
+
+def stage_of(argv: list[str]) -> str:
+    """Returns where the demo ends; exits with 2 for what is no stage."""
+    wanted = [word.removeprefix("--stage=") for word in argv] or ["align"]
+    if len(wanted) != 1 or wanted[0] not in STAGES:
+        print(f"launch/demo.py {' '.join(argv)}: should be --stage=pretrain or --stage=align", file=sys.stderr)
+        sys.exit(2)
+    return wanted[0]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,7 +2,8 @@
 # Sets up and runs jaxllm on this machine. Needs a shell, git and Python >= 3.11 with venv; run it again at any time.
 #   launch/local.sh setup          make a virtual environment and install
 #   launch/local.sh test [ARGS]    the same, then the test suite (ARGS go to pytest: -m "not slow" for the quick part)
-#   launch/local.sh demo           the same, then train a small language model on real English and show it
+#   launch/local.sh demo           the same, then train a small language model on real English, teach it sums by instruction
+#                                  tuning and RLHF, and show both (--stage=pretrain: the first alone)
 # Options before ARGS: --python=3.12 (that version), --colab (the versions that Colab's TPU runtime has)
 set -eu
 
@@ -12,7 +13,7 @@ cd "$root"
 say() { printf '\n== %s\n' "$*"; }
 stop() { printf 'launch/local.sh: %s\n' "$*" >&2; exit 2; }
 
-usage() { sed -n '2,6p' "$root/launch/local.sh" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,7p' "$root/launch/local.sh" | sed 's/^# \{0,1\}//'; }
 
 command=${1:-help}
 [ $# -gt 0 ] && shift

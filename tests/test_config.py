@@ -11,13 +11,10 @@ import pytest
 import yaml
 
 from jaxllm import cli, config
-from jaxllm.data.config import TokenizerVerb
-from jaxllm.data.pipeline_config import DataVerb
 from jaxllm.errors import UserError
 from jaxllm.train.config import PretrainConfig, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
-VERBS_OF_CONFIGS = {"pretrain": PretrainConfig, "tokenizer": TokenizerVerb, "data": DataVerb}
 
 
 @pytest.fixture
@@ -149,7 +146,7 @@ def test_exit_codes(argv, code, says, capsys):
 def test_every_config_loads_and_builds(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# "), "the first lines say what it costs and what it reached"
-    cfg = config.load(VERBS_OF_CONFIGS[path.parent.name], str(path))
+    cfg = config.load(cli._find(cli.VERBS[path.parent.name].settings), str(path))
     if path.parent.name == "pretrain":
         build_abstractly(cfg)
 

@@ -30,6 +30,7 @@ from jaxllm.train.log import RunLog, clock, memory
 from jaxllm.train.loop import StopRequest
 from jaxllm.train.state import TrainState
 
+SHOWN = 4  # held-out prompts whose responses are shown
 PENDING = ("token_BS", "first_B", "length_B", "action_BR", "logp_BR", "ended_B", "score_B")  # what waits with rollout.stale
 
 
@@ -66,7 +67,7 @@ def train(loop: Loop, state: TrainState, start: int) -> TrainState:
     waiting = _pending(loop, state, start) if cfg.rollout.stale else None
     with StopRequest() as stop:
         for step in range(start + 1, steps + 1):
-            state, line, samples, waiting = _iteration(loop, state, step, text, waiting)
+            state, line, waiting = _iteration(loop, state, step, text, waiting)
             tokens += line.pop("new_tokens")
             line = {"step": step, "tokens": tokens, "episodes": step * _n_responses(cfg), "time": round(time.time(), 3)} | line
             seconds = (time.perf_counter() - began - aside) / (step - start)
@@ -75,7 +76,7 @@ def train(loop: Loop, state: TrainState, start: int) -> TrainState:
                 loop.log.show(_progress(line, steps, seconds * (steps - step)))
             stopping, finished = stop.agreed(step, cfg.log.every), step == steps
             before = time.perf_counter()
-            _aside(loop, state, step, tokens, samples=samples, stopping=stopping is not None)
+            _aside(loop, state, step, tokens, stopping=stopping is not None)
             aside += time.perf_counter() - before
             if stopping is not None and not finished:
                 loop.checkpoints.wait()
@@ -87,10 +88,10 @@ def train(loop: Loop, state: TrainState, start: int) -> TrainState:
 
 
 def _iteration(loop: Loop, state: TrainState, step: int, text, waiting):
-    """Returns (the next state, what is logged, samples for people, what the next iteration has waiting)."""
+    """Returns (the next state, what is logged, what the next iteration has waiting)."""
     cfg, times = loop.cfg, {}
     with _timed(times, "rollout_s"):
-        arrays, samples, told = waiting or _collected(loop, state.params, step)
+        arrays, told = waiting or _collected(loop, state.params, step)
     if cfg.rollout.stale and step < cfg.train.iterations:
         with _timed(times, "rollout_s"):  # with the weights that this iteration is about to change
             waiting = _collected(loop, state.params, step + 1)
@@ -109,7 +110,7 @@ def _iteration(loop: Loop, state: TrainState, step: int, text, waiting):
     seconds = sum(times.values())
     line |= {"tokens_per_s": round(n_new / max(seconds, 1e-9), 1), "step_s": round(seconds, 4),
              "rollout_tokens_per_s": round(n_new / max(times["rollout_s"], 1e-9), 1)}
-    return state, line, samples, waiting
+    return state, line, waiting
 
 
 def trimmed(arrays: dict, step: int = 8) -> dict:
@@ -121,16 +122,16 @@ def trimmed(arrays: dict, step: int = 8) -> dict:
 
 
 def _collected(loop: Loop, params, step: int):
-    """Returns (arrays of an iteration's responses with their scores, some samples, metrics of the rewards)."""
+    """Returns (arrays of an iteration's responses with their scores, metrics of the rewards)."""
     cfg = loop.cfg
     loop.sampler.load(params)
-    arrays, samples, scored = _sampled(loop, loop.prompts(step - 1), step, 0)
+    arrays, _, scored = _sampled(loop, loop.prompts(step - 1), step, 0)
     if cfg.algorithm == "dapo":
-        arrays, samples, scored = _informative(loop, step, arrays, samples, scored)
+        arrays, scored = _informative(loop, step, arrays, scored)
     for incident in scored.incidents[:5]:
         loop.log.incident(step, "reward", str(incident))
     told = {f"reward_{name}": float(np.mean(part_B)) for name, part_B in scored.part_B.items()}
-    return arrays | {"score_B": scored.score_B}, samples, told
+    return arrays | {"score_B": scored.score_B}, told
 
 
 def _sampled(loop: Loop, prompts: list[Prompt], step: int, refill: int):
@@ -181,7 +182,7 @@ def samples_of(loop: Loop, prompt: Prompt, arrays: dict, i: int, prompt_slots: i
                   row=prompt.row, prompt_tokens=prompt.tokens)
 
 
-def _informative(loop: Loop, step: int, arrays, samples, scored: Scored):
+def _informative(loop: Loop, step: int, arrays, scored: Scored):
     """Returns the batch with groups of equal scores replaced by groups of further prompts (DAPO's dynamic sampling); where
     these do not suffice, such groups fill up what is missing."""
     cfg, n = loop.cfg, loop.cfg.rollout.samples
@@ -190,19 +191,19 @@ def _informative(loop: Loop, step: int, arrays, samples, scored: Scored):
         if refill:
             # prompts of iterations that the run itself never comes to
             prompts = loop.prompts(cfg.train.iterations * refill + step - 1)
-            arrays, samples, scored = _sampled(loop, prompts, step, refill)
-        for at in range(0, len(samples), n):
+            arrays, _, scored = _sampled(loop, prompts, step, refill)
+        for at in range(0, len(scored.score_B), n):
             rows = slice(at, at + n)
-            group = ({k: v[rows] for k, v in arrays.items()}, samples[rows], scored.score_B[rows],
+            group = ({k: v[rows] for k, v in arrays.items()}, scored.score_B[rows],
                      {k: v[rows] for k, v in scored.part_B.items()}, scored.incidents if at == 0 else [])
-            (found if np.ptp(group[2]) > 0 else dull).append(group)
+            (found if np.ptp(group[1]) > 0 else dull).append(group)
         if len(found) >= cfg.rollout.prompts:
             break
     kept = (found + dull)[: cfg.rollout.prompts]
     arrays = {k: np.concatenate([g[0][k] for g in kept]) for k in kept[0][0]}
-    part_B = {k: np.concatenate([g[3][k] for g in kept]) for k in kept[0][3]}
-    incidents = [one for g in found + dull for one in g[4]]
-    return arrays, [s for g in kept for s in g[1]], Scored(np.concatenate([g[2] for g in kept]), part_B, incidents)
+    part_B = {k: np.concatenate([g[2][k] for g in kept]) for k in kept[0][2]}
+    incidents = [one for g in found + dull for one in g[3]]
+    return arrays, Scored(np.concatenate([g[1] for g in kept]), part_B, incidents)
 
 
 def _updates(loop: Loop, state: TrainState, step: int, batch, text):
@@ -249,7 +250,7 @@ def _means(loop: Loop, step: int, found: list[dict]) -> dict:
 # ---------------------------------------------------------------- what is due besides
 
 
-def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, samples=(), stopping: bool = False, first: bool = False):
+def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, stopping: bool = False, first: bool = False):
     """Evaluates, shows samples and saves, as is due."""
     cfg, finished = loop.cfg, step == loop.cfg.train.iterations
     if cfg.train.eval_every and (first or finished or step % cfg.train.eval_every == 0):
@@ -258,8 +259,10 @@ def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, samples=(),
             loop.log.metrics({"step": step, "tokens": tokens, "time": round(time.time(), 3), **line})
             told = ", ".join(f"{k.removeprefix('eval_')} {v:.4g}" for k, v in line.items())
             loop.log.say(f"  held-out at iteration {step}: {told}")
-    if samples and cfg.train.sample_every and (finished or step % cfg.train.sample_every == 0):
-        for one in samples[:: max(len(samples) // 3, 1)][:3]:
+    if cfg.train.sample_every and loop.held_out and (first or finished or step % cfg.train.sample_every == 0):
+        loop.sampler.load(state.params)
+        how = SampleConfig(max_tokens=cfg.rollout.response_len, temperature=cfg.rollout.temperature)
+        for one in _written(loop, loop.held_out[:SHOWN], 1, how, [cfg.run.seed, 3])[1]:  # the same ones, before and after
             loop.log.sample(step, one.prompt, one.response)
     if not first and (finished or stopping or step % cfg.checkpoint.every == 0):
         position = {"step": step, "made_of": loop.made_of, "tokens": tokens, "errors": loop.errors or {}}
@@ -296,8 +299,7 @@ def _pending(loop: Loop, state: TrainState, start: int):
     """Returns what a run that goes on had waiting; None at its start."""
     if start == 0:
         return None
-    arrays = {k: np.asarray(v) for k, v in jax.device_get(state.opt_state["pending"]).items()}
-    return arrays, [], {}
+    return {k: np.asarray(v) for k, v in jax.device_get(state.opt_state["pending"]).items()}, {}
 
 
 def _n_responses(cfg: RLHFConfig) -> int:

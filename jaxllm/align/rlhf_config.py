@@ -209,6 +209,9 @@ class RLHFConfig:
         if self.algorithm in COMPARING and self.rollout.samples < 2:
             raise ValueError(f"rollout.samples={self.rollout.samples}: algorithm={self.algorithm} compares the responses of a "
                              "prompt, and needs 2 or more of each")
+        if self.algorithm == "rloo" and self.train.epochs * self.train.minibatches > 1:
+            raise ValueError(f"train.epochs={self.train.epochs}, train.minibatches={self.train.minibatches}: algorithm=rloo "
+                             "compares no old with new probabilities, and takes one optimizer step an iteration: set both to 1")
         need = self.prompts.prompt_len + self.rollout.response_len
         if need > self.data.seq_len:
             raise ValueError(f"prompts.prompt_len={self.prompts.prompt_len} + rollout.response_len="

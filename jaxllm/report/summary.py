@@ -33,8 +33,9 @@ def summary(run: Run) -> dict:
 
 def planned_steps(run: Run) -> int | None:
     """Returns how many steps the settings ask for."""
-    if isinstance(steps := run.setting("train.steps"), int):
-        return steps
+    for key in ("train.steps", "train.iterations"):
+        if isinstance(steps := run.setting(key), int):
+            return steps
     parts = [run.setting(key) for key in ("train.tokens", "train.batch_size", "data.seq_len")]
     return math.ceil(parts[0] / (parts[1] * parts[2])) if all(isinstance(p, int) and p > 0 for p in parts) else None
 

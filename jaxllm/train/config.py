@@ -119,7 +119,8 @@ class OptimConfig:
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     # how the rate goes after the warm-up; plateau: falls by `factor` when the loss has not fallen for `patience` steps
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential", "plateau"] = "cosine"
-    warmup: int = 0  # steps over which the rate rises from 0 to the peak in a line
+    warmup: int = 0  # steps over which the rate rises to the peak in a line
+    warmup_from: float = 0.0  # where it begins to rise, as a share of the peak
     final: float = 0.1  # linear, cosine, wsd: the rate at the end, as a share of the peak; plateau: the least share
     decay_share: float = 0.2  # wsd: share of all steps that the final decay takes
     step_every: int = 1000  # step: steps between drops; exponential: steps over which the rate falls by `factor`
@@ -132,7 +133,8 @@ class OptimConfig:
             ("lr", self.lr > 0, "above 0"), ("eps", self.eps > 0, "above 0"),
             ("b1", 0 <= self.b1 < 1, "in [0, 1)"), ("b2", 0 <= self.b2 < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"), ("clip", self.clip >= 0, "0 or more"),
-            ("warmup", self.warmup >= 0, "0 or more"), ("final", 0 <= self.final <= 1, "in [0, 1]"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("warmup_from", 0 <= self.warmup_from <= 1, "in [0, 1]"), ("final", 0 <= self.final <= 1, "in [0, 1]"),
             ("decay_share", 0 < self.decay_share <= 1, "in (0, 1]"), ("step_every", self.step_every >= 1, "at least 1"),
             ("factor", 0 < self.factor <= 1, "in (0, 1]"), ("patience", self.patience >= 1, "at least 1"),
         ):

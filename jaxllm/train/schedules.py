@@ -1,6 +1,7 @@
 """Learning rates by step: functions from a step (0 for the first) to a rate, each equal to its closed form.
 
-With `warmup` steps of warm-up, step s < warmup has peak * (s + 1) / warmup; the decay starts after it.
+With `warmup` steps of warm-up, step s < warmup has peak * (s + 1) / warmup, or from a share f of the peak on
+peak * (f + (1 - f) * s / warmup); the decay starts after it.
 """
 
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import optax
 from jaxllm.train.config import OptimConfig
 
 
-def with_warmup(peak: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
-    """Rises in a line to `peak` over `warmup` steps, then goes on with `after`, which counts from 0."""
+def with_warmup(peak: float, warmup: int, after: optax.Schedule, start: float = 0.0) -> optax.Schedule:
+    """Rises in a line to `peak` over `warmup` steps, then goes on with `after`, which counts from 0; `start`: where it begins,
+    as a share of the peak. From 0 the first step already has a step's rise, as it would else do nothing."""
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), after(jnp.maximum(step - warmup, 0)))
+        share = start + (1 - start) * (step if start else step + 1) / max(warmup, 1)
+        return jnp.where(step < warmup, peak * share, after(jnp.maximum(step - warmup, 0)))
 
     return rate
 
@@ -75,4 +78,4 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
         "step": lambda: step_decay(cfg.lr, cfg.step_every, cfg.factor),
         "exponential": lambda: exponential(cfg.lr, cfg.step_every, cfg.factor),
     }
-    return with_warmup(cfg.lr, cfg.warmup, shapes[cfg.schedule]())
+    return with_warmup(cfg.lr, cfg.warmup, shapes[cfg.schedule](), cfg.warmup_from)
