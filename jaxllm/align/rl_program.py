@@ -68,7 +68,7 @@ def _nothing_pending(cfg: RLHFConfig) -> dict:
     """Returns arrays of the shapes of the responses that wait while older ones are learned from."""
     B, P, R = cfg.rollout.prompts * cfg.rollout.samples, cfg.prompts.prompt_len, cfg.rollout.response_len
     shapes = {"token_BS": ((B, P + R), jnp.int32), "first_B": ((B,), jnp.int32), "length_B": ((B,), jnp.int32),
-              "action_BR": ((B, R), jnp.float32), "logp_BR": ((B, R), jnp.float32), "ended_B": ((B,), jnp.bool),
+              "action_BR": ((B, R), jnp.float32), "logp_BR": ((B, R), jnp.float32), "ended_B": ((B,), jnp.float32),
               "score_B": ((B,), jnp.float32)}
     return {name: jnp.zeros(shape, kind) for name, (shape, kind) in shapes.items()}
 
@@ -102,7 +102,7 @@ def _read(cfg: RLHFConfig, models: Models, reading: Reading, algorithm: Algorith
     score_B = batch["score_B"].astype(jnp.float32)
     told = {"score": jnp.mean(score_B), "score_std": jnp.std(score_B)}
     if cfg.rollout.no_end_penalty:
-        score_B = score_B - cfg.rollout.no_end_penalty * (~batch["ended_B"]).astype(jnp.float32)
+        score_B = score_B - cfg.rollout.no_end_penalty * (1 - batch["ended_B"].astype(jnp.float32))
     if cfg.score.normalise:
         moments = moments.merged(score_B, jnp.ones_like(score_B))
         score_B = normalised(score_B, moments)

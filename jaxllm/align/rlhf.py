@@ -291,7 +291,7 @@ def evaluate(loop: Loop, state: TrainState) -> dict:
 def _with_pending(loop: Loop, state: TrainState, waiting) -> TrainState:
     """Returns the state with the responses that the next iteration will use, so that a checkpoint holds them."""
     arrays = state.opt_state["pending"] if waiting is None else jax.device_put(
-        {k: waiting[0][k] for k in PENDING}, row_sharding(loop.program.mesh))
+        {k: waiting[0][k].astype(np.float32) if k == "ended_B" else waiting[0][k] for k in PENDING}, row_sharding(loop.program.mesh))
     return dataclasses.replace(state, opt_state=state.opt_state | {"pending": arrays})
 
 
