@@ -71,7 +71,8 @@ def rows_of(task, pairs) -> dict[str, np.ndarray]:
 def sft(task, mesh, seed: int):
     """Returns (graph, parameters, held-out loss in nats a token, seconds)."""
     optim = OptimConfig(lr=3e-3, warmup=50, schedule="cosine", final=0.1, weight_decay=0.0)
-    program = build(model_of(task), TrainConfig(steps=SFT_STEPS, batch_size=64), make_optimizer(optim, SFT_STEPS), mesh, seed=seed)
+    cfg = TrainConfig(steps=SFT_STEPS, batch_size=64)
+    program = build(model_of(task), cfg, make_optimizer(optim, SFT_STEPS), mesh, seed=seed)
     place, began = batch_sharding(mesh), time.perf_counter()
     with jax.set_mesh(mesh):
         state = program.init()
@@ -95,7 +96,8 @@ def settings(task, args, seed: int, folder: str) -> RLHFConfig:
         prompts=PromptData(prompt_len=task.PROMPT_LEN),
         rollout=RolloutConfig(prompts=n[0], samples=n[1], response_len=task.MAX_NEW), kl=KLConfig(coef=beta),
         ppo=PPOConfig(value_coef=0.1),
-        train=RLTrainConfig(iterations=iterations, epochs=2 if ppo else 1, minibatches=4 if ppo else 1, eval_every=0, sample_every=0),
+        train=RLTrainConfig(iterations=iterations, epochs=2 if ppo else 1, minibatches=4 if ppo else 1, eval_every=0,
+                            sample_every=0),
         optim=OptimConfig(lr=args.lr or (3e-4 if ppo else 1e-3), eps=1e-5 if ppo else 1e-8, b2=0.999, weight_decay=0.0,
                           schedule="constant", clip=1.0),
         checkpoint=CheckpointConfig(every=10**6))
@@ -132,10 +134,11 @@ def run(task, mesh, graph, reference, args, seed: int, folder: str) -> dict:
         reached[f"tokens_to_{bar}"] = next((x["tokens"] for x, m in zip(lines, mean, strict=True) if m >= bar), None)
     later = lines[min(5, len(lines) - 1):]
     return found | reached | {
-        "tokens": lines[-1]["tokens"], "iteration_s": float(np.median([x["rollout_s"] + x["read_s"] + x["update_s"] for x in later])),
-        "first_iteration_s": lines[0]["step_s"], "rollout_tokens_per_s": float(np.median([x["rollout_tokens_per_s"] for x in later])),
-        "update_tokens_per_s": float(np.median([x["response_tokens"] * cfg.rollout.prompts * cfg.rollout.samples * cfg.train.epochs
-                                                / x["update_s"] for x in later])),
+        "tokens": lines[-1]["tokens"], "iteration_s": float(np.median([x["step_s"] for x in later])),
+        "first_iteration_s": lines[0]["step_s"],
+        "rollout_tokens_per_s": float(np.median([x["rollout_tokens_per_s"] for x in later])),
+        "update_tokens_per_s": float(np.median([x["response_tokens"] * n * cfg.rollout.samples * cfg.train.epochs / x["update_s"]
+                                                for x in later])),
         "gap": max(x["sampler_gap"] for x in lines)}
 
 

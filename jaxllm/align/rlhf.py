@@ -290,8 +290,11 @@ def evaluate(loop: Loop, state: TrainState) -> dict:
 
 def _with_pending(loop: Loop, state: TrainState, waiting) -> TrainState:
     """Returns the state with the responses that the next iteration will use, so that a checkpoint holds them."""
-    arrays = state.opt_state["pending"] if waiting is None else jax.device_put(
-        {k: waiting[0][k].astype(np.float32) if k == "ended_B" else waiting[0][k] for k in PENDING}, row_sharding(loop.program.mesh))
+    if waiting is None:
+        return state
+    arrays = {k: waiting[0][k] for k in PENDING}
+    arrays["ended_B"] = arrays["ended_B"].astype(np.float32)  # a checkpoint's sums are of numbers
+    arrays = jax.device_put(arrays, row_sharding(loop.program.mesh))
     return dataclasses.replace(state, opt_state=state.opt_state | {"pending": arrays})
 
 
