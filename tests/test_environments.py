@@ -365,8 +365,9 @@ WRONG = [
     ({"answer": RewardRule(kind="length", limit=3)}, "environment.answer.kind=length: should be exact or format"),
     ({"answer": RewardRule(kind="exact", extract="regex", pattern="a")}, "environment.answer.extract=regex: should be without a pattern"),
     ({"answer": RewardRule(kind="exact", must_end=True)}, "environment.answer.must_end=True"), ({"answer": RewardRule(kind="exact", keys=("a",))}, "environment.answer.keys="),
-    ({"max_turns": 0}, "environment.max_turns=0: should be at least 1"), ({"timeout": 0}, "environment.timeout=0"), ({"max_errors": -1}, "environment.max_errors=-1"),
-    ({"unfinished": float("nan")}, "environment.unfinished=nan"), ({"max_result": 0}, "environment.max_result=0"),
+    ({"max_turns": 3}, "environment.max_turns=3: should be left out with kind=answer"), ({"tools": {"x": "calculator"}}, "should be left out with kind=answer"),
+    ({"kind": "python", "function": "a.py:B", "answer": RewardRule(kind="format")}, "should be left out with kind=python"), ({"kind": "tools", "max_turns": 0}, "environment.max_turns=0: should be at least 1"), ({"kind": "tools", "timeout": 0}, "environment.timeout=0: should be above"), ({"max_errors": -1}, "environment.max_errors=-1"),
+    ({"unfinished": float("nan")}, "environment.unfinished=nan"), ({"kind": "tools", "max_result": 0}, "environment.max_result=0"),
 ]
 
 

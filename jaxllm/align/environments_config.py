@@ -1,7 +1,7 @@
 """Settings of what answers the policy: a check of its answer, or tools that it calls. No jax here."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from jaxllm.align.rewards_config import RewardRule, check_rewards, has_pattern
@@ -26,9 +26,15 @@ class EnvironmentConfig:
     max_errors: int = 100  # times that environments or tools may fail in the run; one more ends it
 
     def __post_init__(self):
+        of_kind = {"answer": ("answer",), "tools": ("answer", "tools", "max_turns", "timeout", "max_result"),
+                   "python": ("max_turns", "timeout")}
+        defaults = {f.name: f.default if f.default is not MISSING else f.default_factory()
+                    for f in fields(self) if f.name in ("answer", "tools", "max_turns", "timeout", "max_result")}
         calls = [name for name, what in self.tools.items() if what != "calculator"]
         rule = self.answer
         for name, ok, should in (
+            *((name, name in of_kind[self.kind] or getattr(self, name) == default, f"left out with kind={self.kind}")
+              for name, default in defaults.items()),
             ("tools", self.kind != "tools" or bool(self.tools), "at least one tool"),
             ("function", (self.function is not None) == (self.kind == "python"), "there with kind=python, and only then"),
             ("function", self.function is None or _names_code(self.function), "path/to/file.py:Class"),

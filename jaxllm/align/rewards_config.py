@@ -90,6 +90,9 @@ def _of_own_kind(rule: RewardRule):
     yield "otherwise", math.isfinite(rule.otherwise), "finite"
     yield "timeout", 0 < rule.timeout < math.inf, "above 0 seconds, and finite"
     yield "sample_timeout", 0 < rule.sample_timeout <= rule.timeout, f"above 0 seconds, and at most timeout={rule.timeout:g}"
+    if rule.kind == "exact" and rule.extract != "regex":
+        for key in ("timeout", "sample_timeout", "retry"):
+            yield key, getattr(rule, key) == getattr(RewardRule, key), "left out, or extract=regex: the others take no time"
     if rule.kind == "exact":
         yield "answer_key", bool(rule.answer_key), "the name of a field"
         yield "separator", bool(rule.separator), "at least one character"
@@ -106,6 +109,7 @@ def _of_own_kind(rule: RewardRule):
         yield "tags", rule.format == "json" or bool(rule.tags), "at least one name"
         yield "tags", all(re.fullmatch(r"[\w-]+", tag) for tag in rule.tags), "names of letters, digits, - and _"
         yield "tags", len(set(rule.tags)) == len(rule.tags), "names that differ"
+        yield "tags", rule.format != "json" or tuple(rule.tags) == RewardRule.tags, "left out, or format=tags or format=blocks"
         yield "keys", rule.format == "json" or not rule.keys, "left out, or format=json"
     if rule.kind == "python":
         path, _, name = (rule.function or "").rpartition(":")
