@@ -555,6 +555,41 @@ def test_comparing_in_a_browser(tmp_path):
         assert hosts == [f"127.0.0.1:{port}"] and not page.console  # only this server was asked
 
 
+BREAD = ("You left out the yeast. Stir 7 g of dry yeast (one sachet) into the lukewarm water, wait five minutes, and knead it in with the "
+         "flour and the salt. Let the dough rest for an hour in a warm place, until it has doubled, before you bake it.\n\nIf you would "
+         "rather not use yeast: 100 g of active sourdough starter does the same, overnight.",
+         "Bread is one of the oldest foods. It has been made for at least 14,000 years, and many cultures have a bread of their own. There "
+         "are many reasons for which a bread may not rise, and it is always a good idea to look at the recipe again.\n\n- Flour\n- Water\n"
+         "- Salt", "Use warmer water.", "Baking powder, one spoon of it, or two.", "I do not know.", "Flour.", "Yeast!", "Try rye.", "Ask a baker.")
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("k", [2, 3, 4, 9])
+def test_answers_and_buttons_are_in_sight(tmp_path, k):
+    """On a desk and on a phone. JAXLLM_PICTURES=FOLDER keeps pictures of both."""
+    row = {"prompt": "My bread does not rise. I used 500 g of flour, 300 ml of water and a spoon of salt. What did I forget?", "answers": BREAD[:k]}
+    cfg = CollectVerb(answers=str(write(tmp_path / "r.jsonl", row)), output=str(tmp_path / "preferences.jsonl"), ranking="full")
+    app, folder = Collect(ReadyItems(cfg.answers, 0, 0), Labels(tmp_path / "preferences.jsonl"), cfg), os.environ.get("JAXLLM_PICTURES")
+    with serving(app) as port, browser.Browser(tmp_path / "profile") as page:
+        for name, size, least in (("desk", (1280, 800), 70), ("phone", (400, 800), 60)):
+            page.resize(*size)
+            page.open("about:blank")
+            page.open(f"http://127.0.0.1:{port}/?annotator=Ada")
+            page.wait(f"document.querySelectorAll('.answers .text').length === {k}")
+            if k == 2:
+                page.press("1")
+                page.wait("item.rank && !busy")
+            heights = page.evaluate("[...document.querySelectorAll('.answers .text')].map(t => t.clientHeight)")
+            assert min(heights) >= least and page.evaluate("document.documentElement.scrollWidth") <= size[0]
+            seen = "b => { const r = b.getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight && r.right <= innerWidth; }"
+            assert page.evaluate(f"[...document.querySelectorAll('.panel button, #note')].every({seen})")
+            assert page.evaluate(f"[...document.querySelectorAll('.answers figure')].slice(0, 1).every({seen})")
+            if folder:
+                pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+                page.picture(pathlib.Path(folder) / f"collect-{k}-{name}.png")
+
+
 @pytest.mark.slow
 @needs_browser
 def test_more_than_two_answers_are_put_in_order_in_a_browser(tmp_path):
