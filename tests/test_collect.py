@@ -333,10 +333,12 @@ def test_a_place_that_decides_is_told(tmp_path):
 def test_wrong_command_lines_are_told(tmp_path, capsys):
     ready, out = pairs(tmp_path / "r.jsonl", 2), tmp_path / "out.jsonl"
     (tmp_path / "folder").mkdir()
+    (tmp_path / "unread.jsonl").mkdir()
     for words, says in (
         ([], "give one of --prompts=FILE"), ([f"--answers={ready}", "--prompts=x"], "not both"),
-        (["--prompts=x"], "--prompts=FILE needs a run"), (["runs/x", f"--answers={ready}"], "--answers=FILE needs no run, found 'runs/x'"),
+        (["--prompts=x"], "--prompts=FILE needs a run"), ([str(tmp_path), f"--prompts={ready}"], "not a run folder (no config.yaml)"), (["runs/x", f"--answers={ready}"], "--answers=FILE needs no run, found 'runs/x'"),
         ([f"--answers={tmp_path / 'none.jsonl'}", f"--output={out}"], "no such file or folder"),
+        ([f"--answers={tmp_path / 'unread.jsonl'}", f"--output={out}"], "the folder is empty"),
         ([f"--answers={ready}", f"--output={tmp_path / 'no' / 'file' / 'out.txt'}"], "should end in .jsonl"),
         ([f"--answers={ready}", f"--output={ready}"], "is where answers come from"),
         ([f"--answers={ready}", f"--output={tmp_path / 'r.jsonl' / 'out.jsonl'}"], "cannot be written"),
@@ -418,7 +420,9 @@ def test_a_runs_model_answers_prompts(tmp_path, capsys):
     words = [str(tmp_path / "run"), f"--prompts={prompts}", f"--output={tmp_path / 'out.jsonl'}", "--sample.max_tokens=8", "--n=3"]
     assert cli.main(["rlhf", "collect", *words, "--port=99999"]) == 2
     assert cli.main(["rlhf", "collect", *words]) == 2 and "a prompt is a list of messages; --template=NAME" in capsys.readouterr().err
-    with started(*words, "--template=plain", "--on_demand") as (process, port):
+    settings = tmp_path / "run" / "config.yaml"  # as of a run of sft
+    settings.write_text(settings.read_text().replace("\ndata:\n", "\ndata:\n  template: plain\n"))
+    with started(*words, "--on_demand") as (process, port):
         asked_for = [asked(port, "GET", f"/api/item?n={n}&annotator=ada")[1] for n in range(4)]
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)

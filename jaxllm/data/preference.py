@@ -158,7 +158,7 @@ def _tokens(group: Group, where: str, cfg: PreferenceData, encode: Encode, n: di
     """Returns a group as tokens, its prompt cut as configured, or None where it is too long."""
     try:
         encoded = [encode(group.prompt, answer) for answer in group.answers]
-    except ValueError as e:  # what the template refuses
+    except (UserError, ValueError) as e:  # what the template refuses
         raise UserError(f"{where}: {e}") from None
     prompt, answers = list(encoded[0][0]), [list(answer) for _, answer in encoded]
     assert all(list(ids) == prompt for ids, _ in encoded), "the template writes a prompt that depends on the answer"

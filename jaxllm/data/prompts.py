@@ -60,7 +60,7 @@ def read(cfg: PromptData, encode: Callable[[PromptText], list[int]], key: str = 
             prompt = prompt_of(row["prompt"], where)
             try:
                 tokens = list(encode(prompt))
-            except ValueError as e:  # what the template refuses
+            except (UserError, ValueError) as e:  # what the template refuses
                 raise UserError(f"{where}: {e}") from None
             if len(tokens) > cfg.prompt_len:
                 n["too long" if cfg.too_long == "drop" else "truncated"] += 1

@@ -17,7 +17,9 @@ class CollectVerb:
     output: str = "preferences.jsonl"  # every comparison is a line here; the same command goes on from it
     items: int = 0  # prompts shown, drawn by the seed; 0: all
     n: int = 2  # different answers sampled of each prompt, and shown side by side
-    template: str | None = None  # how messages become text, e.g. own or chatml; null: prompts are text and go in as they are
+    # how messages become text, e.g. own or chatml; null: that of the run, and where it has none prompts are texts that the
+    # model goes on with
+    template: str | None = None
     on_demand: bool = False  # sample when somebody comes to a prompt, rather than all before the page opens
     batch_size: int = 16  # answers sampled together
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=1.0))

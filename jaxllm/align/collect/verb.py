@@ -1,5 +1,6 @@
 """`jaxllm rlhf collect RUN`: samples answers or reads them, serves the page, tells what the comparisons say."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -51,6 +52,7 @@ def items_of(cfg: CollectVerb, sampled: pathlib.Path) -> Items:
     if cfg.answers is not None:
         items: ReadyItems | SampledItems = ReadyItems(cfg.answers, cfg.items, cfg.seed)
     else:
+        cfg = dataclasses.replace(cfg, template=cfg.template or template_of(cfg.run))
         items = SampledItems(read_prompts(cfg.prompts, cfg.items, cfg.seed), cfg, sampled, write := Writer(cfg))
         if cfg.serve and items.missing():
             write.load()  # what is wrong with the run is told now, not to who comes first
@@ -59,3 +61,13 @@ def items_of(cfg: CollectVerb, sampled: pathlib.Path) -> Items:
     if items.n_same:
         print(f"{items.n_same} left out: they have no two answers that are different and not empty", file=sys.stderr)
     return items
+
+
+def template_of(run: str) -> str | None:
+    """Returns the template that a run was trained with, None for plain text; raises UserError for a model without words."""
+    from jaxllm.train.run_folder import read_model
+
+    found = read_model(pathlib.Path(run))
+    if found.verb == "reward":
+        raise UserError(f"{run}: holds a reward model; should be the run of a language model")
+    return found.template
