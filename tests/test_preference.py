@@ -267,6 +267,24 @@ def test_prompts_keep_their_rows_and_come_in_an_endless_order(tmp_path):
     assert decode(first.tokens[1:]) == f"up{first.row['answer']}" and first.text == ("" if first.row["answer"] % 2 else "user: ") + f"p{first.row['answer']}"
 
 
+def test_other_prompts_or_answers_change_what_the_order_is_made_of(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "answer": 1})
+    before = read_prompts(path).made_of
+    assert read_prompts(path).made_of == before and read_prompts(path, prompt_len=9).made_of == before
+    for row in ({"prompt": "a", "answer": 2}, {"prompt": "b", "answer": 1}):
+        assert read_prompts(write(path, row)).made_of != before
+
+
+def test_long_work_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jaxllm.data.read.BLOCK", 1000)
+    monkeypatch.setattr("jaxllm.data.progress.Progress.show", lambda self, at: self.log(f"{at / self.total:.0%}"))
+    for name in "ab":
+        numbered(tmp_path / f"{name}.jsonl", 20)
+    read(tmp_path / "*.jsonl")
+    said = capsys.readouterr().err.split()
+    assert len(said) > 3 and said[-1] == "100%" and "50%" in said
+
+
 def test_long_prompts_are_dropped_or_cut_and_prompts_are_held_out(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "abcdef"}, {"prompt": "a"})
     found = read_prompts(path, prompt_len=4)

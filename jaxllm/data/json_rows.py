@@ -3,9 +3,10 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jaxllm.data.config import Source
+from jaxllm.data.progress import Progress
 from jaxllm.data.read import blocks, files_at
 from jaxllm.errors import UserError
 
@@ -13,16 +14,22 @@ HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
-def json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
+def json_rows(path: str, key: str, log: Callable[[str], None] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields ("file:line", the object of that line) of a file, a folder or a glob; blank lines are passed over.
 
-    Raises UserError that names the setting `key` where there is no such file, and the line where one is no JSON object.
+    `log` gets a line every few seconds that says how far it is, for work that takes longer. Raises UserError that names the
+    setting `key` where there is no such file, and the line where one is no JSON object.
     """
-    for file in files_at(pathlib.Path(path).expanduser(), FORMATS, f"{key}={path}"):
+    files = files_at(pathlib.Path(path).expanduser(), FORMATS, f"{key}={path}")
+    progress, before = log and Progress(f"{path}: reading", sum(file.stat().st_size for file in files), log), 0
+    for file in files:
         for block in blocks(file, Source(path=str(file))):
             for number, line in enumerate(block.data.split(b"\n"), block.first):
                 if line.strip():
                     yield f"{file}:{number}", _object(line, f"{file}:{number}")
+            if progress:
+                progress.show(before + block.position)
+        before += file.stat().st_size
 
 
 def _object(line: bytes, where: str) -> dict:

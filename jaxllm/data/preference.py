@@ -6,6 +6,7 @@ The forms of a line are in preference_rows.py. The order is a function of the se
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,12 +24,16 @@ DROPPED = ("tied", "too long", "empty answers", "repeated answers", "equal", "ot
 Encode = Callable[[Prompt, str], tuple[list[int], list[int]]]  # (prompt, answer) -> (the prompt's ids, the answer's)
 
 
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenGroup:
     """A group whose text is tokens; every answer has the same prompt before it."""
 
-    prompt: list[int]
-    answers: list[list[int]]
+    prompt: np.ndarray  # int32, a fifth of a list's memory
+    answers: list[np.ndarray]
     rank: list[int]
     objective: int
     margin: float
@@ -41,11 +46,13 @@ class Groups:
         self.seq_len, self.pad_id, self.sizes, self.digests, self.of = seq_len, pad_id, [], [], []
 
     def add_source(self, groups: list[TokenGroup]) -> None:
-        self.of += [dataclasses.replace(g, prompt=_packed(g.prompt), answers=[_packed(a) for a in g.answers]) for g in groups]
-        self.sizes.append(len(groups))
         said = hashlib.blake2b(digest_size=12)
         for g in groups:
-            said.update(repr((g.prompt, g.answers, g.rank, g.objective, g.margin)).encode())
+            said.update(repr((g.rank, g.objective, g.margin)).encode())
+            for ids in (g.prompt, *g.answers):
+                said.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        self.of += groups
+        self.sizes.append(len(groups))
         self.digests.append(said.hexdigest())
 
     def __len__(self) -> int:
@@ -109,10 +116,11 @@ class Preferences:
         return "\n".join(lines)
 
 
-def read(cfg: PreferenceData, encode: Encode, pad_id: int) -> Preferences:
+def read(cfg: PreferenceData, encode: Encode, pad_id: int, log: Callable[[str], None] = to_stderr) -> Preferences:
     """Returns the groups of all sources, tokenised. Raises UserError, with file and line, for what is no preference.
 
-    `encode` gives the ids of a prompt, up to where the answer begins, and of the answer with its end token.
+    `encode` gives the ids of a prompt, up to where the answer begins, and of the answer with its end token. `log` gets a line
+    every few seconds where that takes long.
     """
     if not cfg.sources:
         raise UserError("data.sources: none given; should be e.g. --data.sources.NAME.path=preferences.jsonl")
@@ -122,7 +130,7 @@ def read(cfg: PreferenceData, encode: Encode, pad_id: int) -> Preferences:
         n = counts[name] = dict.fromkeys((*COUNTED, *DROPPED), 0)
         default = cfg.objectives.index(source.objective) if source.objective else 0
         of_split = {id(split): [] for split in (train, validation, demonstrations)}
-        for where, row in json_rows(source.path, f"data.sources.{name}.path"):
+        for where, row in json_rows(source.path, f"data.sources.{name}.path", log):
             group = _usable(row, where, cfg, default, n)
             tokens = group and _tokens(group, where, cfg, encode, n)
             if tokens is None:
@@ -171,16 +179,13 @@ def _tokens(group: Group, where: str, cfg: PreferenceData, encode: Encode, n: di
         n["truncated"] += 1
         prompt = shortened(prompt, room)
     n["longest"] = max(n["longest"], len(prompt) + longest)
+    prompt, *answers = (np.array(ids, np.int32) for ids in (prompt, *answers))
     return TokenGroup(prompt, answers, group.rank, group.objective, group.margin)
 
 
 def shortened(ids: list[int], room: int) -> list[int]:
     """Returns a prompt of at most `room` tokens: the first one, which may be <bos>, and the last ones."""
     return ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
-
-
-def _packed(ids: list[int]) -> np.ndarray:
-    return np.asarray(ids, np.int32)  # a fifth of a list's memory
 
 
 class PreferenceInput:

@@ -6,12 +6,13 @@ B prompt of a batch, P prompt slot (prompts end at the last one).
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from jaxllm.data.json_rows import json_rows
-from jaxllm.data.preference import shortened
+from jaxllm.data.preference import shortened, to_stderr
 from jaxllm.data.preference_config import PromptData
 from jaxllm.data.preference_rows import Prompt as PromptText
 from jaxllm.data.preference_rows import prompt_of, split_key
@@ -35,6 +36,15 @@ class Prompts:
     weights: list[float]
     counts: dict[str, dict[str, int]]  # source -> prompts, held out, too long, truncated, longest
 
+    @property
+    def made_of(self) -> dict[str, list]:
+        """Returns, of each source, a digest of its prompts and its weight: with the seed, what an iteration depends on."""
+        out, first = {}, 0
+        for name, size, weight in zip(self.counts, self.sizes, self.weights, strict=True):
+            said = repr([(prompt.tokens, prompt.row) for prompt in self.train[first : first + size]]).encode()
+            out[name], first = [hashlib.blake2b(said, digest_size=12).hexdigest(), weight], first + size
+        return out
+
     def describe(self) -> str:
         """Returns a line a source."""
         return "\n".join(
@@ -43,7 +53,8 @@ class Prompts:
             + (f"; {n['truncated']:,} truncated" if n["truncated"] else "") for name, n in self.counts.items())
 
 
-def read(cfg: PromptData, encode: Callable[[PromptText], list[int]], key: str = "prompts") -> Prompts:
+def read(cfg: PromptData, encode: Callable[[PromptText], list[int]], key: str = "prompts",
+         log: Callable[[str], None] = to_stderr) -> Prompts:
     """Returns the prompts of all sources; `encode` gives a prompt's ids up to where the response begins.
 
     Raises UserError, with file and line, for what is no prompt; `key` is the settings' group, which errors name.
@@ -54,7 +65,7 @@ def read(cfg: PromptData, encode: Callable[[PromptText], list[int]], key: str = 
     for name, source in cfg.sources.items():
         n = counts[name] = dict.fromkeys(("prompts", "held out", "too long", "truncated", "longest"), 0)
         before = len(train)
-        for where, row in json_rows(source.path, f"{key}.sources.{name}.path"):
+        for where, row in json_rows(source.path, f"{key}.sources.{name}.path", log):
             if "prompt" not in row:
                 raise UserError(f'{where}: no "prompt" (found: {", ".join(sorted(row)[:12]) or "nothing"})')
             prompt = prompt_of(row["prompt"], where)
