@@ -331,7 +331,8 @@ def test_a_place_that_decides_is_told(tmp_path):
 # ---------------------------------------------------------------- the verb
 
 
-def test_wrong_command_lines_are_told(tmp_path, capsys):
+def test_wrong_command_lines_are_told_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ready, out = pairs(tmp_path / "r.jsonl", 2), tmp_path / "out.jsonl"
     (tmp_path / "folder").mkdir()
     (tmp_path / "unread.jsonl").mkdir()
@@ -350,7 +351,7 @@ def test_wrong_command_lines_are_told(tmp_path, capsys):
     ):
         assert cli.main(["rlhf", "collect", *words]) == 2, words
         assert says in capsys.readouterr().err, says
-    assert ready.read_text().count("\n") == 2
+    assert ready.read_text().count("\n") == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out.jsonl", "out.lock", "r.jsonl", "unread.jsonl"]
 
 
 def test_the_verb_tells_what_comparisons_say_without_a_page(tmp_path, capsys):

@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from jaxllm.align.collect.config import CollectVerb
-from jaxllm.align.collect.items import Items, ReadyItems, read_prompts
+from jaxllm.align.collect.items import ReadyItems, read_prompts
 from jaxllm.align.collect.labels import Labels
 from jaxllm.align.collect.results import results, told
 from jaxllm.align.collect.sampling import SampledItems, Writer
@@ -18,10 +18,16 @@ def main(cfg: CollectVerb) -> dict:
     """Returns the output and what it says."""
     check(cfg)
     output = pathlib.Path(cfg.output)
+    # read before anything is written
+    ready = ReadyItems(cfg.answers, cfg.items, cfg.seed) if cfg.answers is not None else None
+    if ready is None:
+        cfg = dataclasses.replace(cfg, template=cfg.template or template_of(cfg.run))
+        prompts = read_prompts(cfg.prompts, cfg.items, cfg.seed)
     with alone(output.with_suffix(".lock"), f"{output}: another `jaxllm rlhf collect` serves it; stop that one first"):
         labels = Labels(output)
-        with stopping_at_once(cfg.output):
-            items = items_of(cfg, output.with_suffix(".answers.jsonl"))
+        items = ready or sampled(prompts, cfg, output.with_suffix(".answers.jsonl"))
+        if items.n_same:
+            print(f"{items.n_same} left out: they have no two answers that are different and not empty", file=sys.stderr)
         app = Collect(items, labels, cfg)
         if cfg.serve:
             serve(app, cfg.port, f"{len(items.keys)} items to compare at ADDRESS "
@@ -47,19 +53,14 @@ def check(cfg: CollectVerb) -> None:
         raise UserError(f"output={cfg.output}: is where answers come from; should be a file of its own")
 
 
-def items_of(cfg: CollectVerb, sampled: pathlib.Path) -> Items:
-    """Returns what is compared, answers sampled where they are not asked for on demand."""
-    if cfg.answers is not None:
-        items: ReadyItems | SampledItems = ReadyItems(cfg.answers, cfg.items, cfg.seed)
-    else:
-        cfg = dataclasses.replace(cfg, template=cfg.template or template_of(cfg.run))
-        items = SampledItems(read_prompts(cfg.prompts, cfg.items, cfg.seed), cfg, sampled, write := Writer(cfg))
-        if cfg.serve and items.missing():
+def sampled(prompts: list, cfg: CollectVerb, path: pathlib.Path) -> SampledItems:
+    """Returns the prompts with their answers, sampled now where these are not asked for on demand."""
+    items = SampledItems(prompts, cfg, path, write := Writer(cfg))
+    if cfg.serve and items.missing():
+        with stopping_at_once(cfg.output):
             write.load()  # what is wrong with the run is told now, not to who comes first
             if not cfg.on_demand:
                 items.sample_all()
-    if items.n_same:
-        print(f"{items.n_same} left out: they have no two answers that are different and not empty", file=sys.stderr)
     return items
 
 
