@@ -193,7 +193,9 @@ def check_divides(params: nnx.State, mesh: Mesh, *, split_embedding: bool = Fals
             parts = int(np.prod([mesh.shape[a] for a in axes]))
             if size % parts:
                 where = " x ".join(f"mesh.{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
-                raise UserError(f"{leaf_name(path)}: axis {name!r} has size {size}, which {where} does not divide")
+                dividing = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0)
+                raise UserError(f"{leaf_name(path)}: axis {name!r} has size {size}, which {where} does not divide; what does, "
+                                f"up to {mesh.size}: {dividing}")
 
 
 def leaf_name(path) -> str:

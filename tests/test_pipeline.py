@@ -23,7 +23,9 @@ from jaxllm.train.step import Objective, accumulated
 MODEL = dataclasses.replace(toy.MODEL, n_layers=8)
 M = 8
 MESHES = {"stage4 tensor2": {"stage": 4, "tensor": 2}, "stage4 data2": {"stage": 4, "data": 2}, "stage8": {"stage": 8},
-          "stage2 fsdp2 tensor2": {"stage": 2, "fsdp": 2, "tensor": 2}, "stage2 context2 data2": {"stage": 2, "context": 2, "data": 2}}
+          "stage2 fsdp2 tensor2": {"stage": 2, "fsdp": 2, "tensor": 2}, "stage2 data2 tensor2": {"stage": 2, "data": 2, "tensor": 2},
+          "stage4 fsdp2": {"stage": 4, "fsdp": 2}, "stage4 context2": {"stage": 4, "context": 2},
+          "stage2 context2 data2": {"stage": 2, "context": 2, "data": 2}}
 SCHEDULES = {"gpipe": {}, "1f1b": {}, "interleaved": {"virtual_stages": 2}, "zero_bubble": {}}
 QUICK = {("stage4 tensor2", "1f1b"), ("stage4 data2", "zero_bubble"), ("stage8", "gpipe")}
 CASES = [pytest.param(mesh, name, id=f"{mesh} {name}", marks=[] if (mesh, name) in QUICK else [pytest.mark.slow])

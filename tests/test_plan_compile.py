@@ -1,10 +1,12 @@
 """`jaxllm plan compile`: reading a compiled program, slices by name, what fits, and the goals on TPUs compiled here."""
 
 import dataclasses
+import importlib.machinery
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,7 +17,11 @@ import toy
 
 from jaxllm import cli
 from jaxllm.errors import UserError
+from jaxllm.mesh import MeshConfig
+from jaxllm.partition import make_mesh
 from jaxllm.plan import collectives, cycles, fit, hlo, picture, report_text, search
+from jaxllm.plan import compile as plan_compile
+from jaxllm.plan import step as plan_step
 from jaxllm.plan.compile_config import CompileVerb
 from jaxllm.plan.topology import find, known, link_seconds
 
@@ -201,6 +207,27 @@ def test_without_libtpu_the_install_line_is_told(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert cli.main(["plan", "compile", CONFIG, "--topology=v5e-16"]) == 2
     assert f"-m pip install --no-deps --target {tmp_path}/libtpu 'libtpu==" in capsys.readouterr().err
+
+
+def test_a_folder_named_libtpu_is_no_compiler(monkeypatch, tmp_path):
+    (tmp_path / "libtpu").mkdir()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)]))
+    with pytest.raises(UserError, match="the TPU compiler is missing"):
+        plan_compile.libtpu()
+
+
+@pytest.mark.parametrize(("mesh", "change", "said"), [
+    ({"context": 4}, {"data": {"seq_len": 1020}}, "data.seq_len=1020 is not divisible by 8, twice mesh.context=4; nearest: 1024"),
+    ({"fsdp": 4}, {"train": {"sync": "diloco", "groups": 4}}, "train.groups=4: should be the degree of mesh.data"),
+    ({"fsdp": 4}, {"train": {"batch_size": 6}}, "mesh.fsdp=4 x mesh.expert=1 does not divide; nearest batch_size: 8"),
+    ({"expert": 4}, {}, "mesh.expert=4 is an axis that a dense model can't use"),
+])
+def test_what_training_would_refuse_is_refused_before_compiling(mesh, change, said, monkeypatch):
+    emulated = make_mesh(MeshConfig(data=1, **mesh), jax.devices()[:4])
+    monkeypatch.setattr(plan_step, "mesh_of", lambda cfg, topology: emulated)
+    with pytest.raises(UserError, match=re.escape(said)):
+        plan_step.measure(fit.with_changes(settings(), **change))
 
 
 def settings(**train) -> CompileVerb:

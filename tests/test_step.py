@@ -20,6 +20,7 @@ MESHES = {
 MORE = {"fsdp2 context2 tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
         "data2 fsdp4": {"data": 2, "fsdp": 4}, "data4 tensor2": {"data": 4, "tensor": 2}, "fsdp4 tensor2": {"fsdp": 4, "tensor": 2},
         "context2": {"context": 2, "devices": 2}, "data2 context4": {"data": 2, "context": 4},
+        "fsdp4 context2": {"fsdp": 4, "context": 2}, "context4 tensor2": {"context": 4, "tensor": 2},
         "fsdp2 context2 tensor2 ring": {"fsdp": 2, "context": 2, "tensor": 2, "context_attention": "ring"}}
 
 
@@ -154,7 +155,7 @@ def test_a_batch_without_targets_moves_nothing_and_is_finite():
 
 
 @pytest.mark.parametrize(("mesh", "says"), [
-    ({"devices": 8, "tensor": 8}, "out_NHD: axis 'heads' has size 4, which mesh.tensor=8 does not divide"),
+    ({"devices": 8, "tensor": 8}, "out_NHD: axis 'heads' has size 4, which mesh.tensor=8 does not divide; what does, up to 8: 1, 2, 4$"),
     ({"devices": 8, "data": 8, "batch_size": 12}, "nearest batch_size: 16"),
     ({"devices": 8, "data": 8, "micro_batches": 4}, "4 rows a part"),
     ({"devices": 4, "data": 3}, "needs 3 devices, found 4"),

@@ -79,7 +79,8 @@ def with_vocabulary(cfg: CompileVerb) -> CompileVerb:
 
 def libtpu() -> str | None:
     """Returns the folder to add to the path for the TPU compiler, None where it is installed; raises UserError without."""
-    if importlib.util.find_spec("libtpu") is not None:
+    found = importlib.util.find_spec("libtpu")
+    if found is not None and found.origin:  # a folder of that name has none
         return None
     beside = pathlib.Path(sys.prefix) / "libtpu"  # where `launch/local.sh test` puts it
     if (beside / "libtpu").is_dir():

@@ -31,14 +31,17 @@ def measure(cfg: CompileVerb) -> dict:
     import jax
     import numpy as np
 
+    from jaxllm.parallel.context import check_length
     from jaxllm.partition import batch_sharding
     from jaxllm.plan.topology import find
     from jaxllm.train.optim import make_optimizer
     from jaxllm.train.pretrain import n_steps
-    from jaxllm.train.state import build
+    from jaxllm.train.state import build, check_groups
 
     topology = find(cfg.topology, cfg.slices)
     mesh = mesh_of(cfg, topology)
+    check_length(cfg.data.seq_len, mesh)
+    check_groups(cfg.train, mesh)
     program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, n_steps(cfg)), mesh)
     rows = batch_sharding(mesh)
     kinds = {"token_BT": np.int32, "target_BT": np.int32, "pos_BT": np.int32, "doc_BT": np.int32, "weight_BT": np.float32}
