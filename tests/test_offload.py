@@ -96,7 +96,7 @@ def test_what_is_kept_of_a_layer_is_offloaded(on_a_cpu):
 
 
 @pytest.mark.parametrize(("train", "mesh", "said"), [
-    ({"offload": "activations", "remat": "dots"}, {}, "should be a remat that names what it keeps: mlp, qkv_attention"),
+    ({"offload": "activations", "remat": "dots"}, {}, "should be a remat that names what it keeps: full, mlp, qkv_attention"),
     ({"offload": "both", "remat": "full"}, {"stage": 2}, "cannot be combined with mesh.stage=2"),
     ({"offload": "optimizer", "sync": "local_sgd", "groups": 2}, {"data": 2}, "cannot be combined with train.sync=local_sgd"),
 ])

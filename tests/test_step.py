@@ -9,7 +9,7 @@ import toy
 
 from jaxllm.errors import UserError
 from jaxllm.partition import batch_sharding
-from jaxllm.train.config import OptimConfig
+from jaxllm.train.config import OptimConfig, TrainConfig
 from jaxllm.train.step import Objective, loss_sum
 
 MESHES = {
@@ -141,6 +141,28 @@ def test_remat_changes_memory_not_results(remat):
         with jax.set_mesh(prog.mesh):
             flops.append(prog.train_step.lower(prog.abstract, batch).compile().cost_analysis()["flops"])
     assert flops[1] > flops[0] * (1.15 if remat == "full" else 1)  # something is computed twice
+
+
+@pytest.mark.parametrize(("remat", "activation", "kept"), [
+    ("full", "swiglu", (0, 0)), ("qkv", "swiglu", (1, 0)), ("gate", "swiglu", (0, 1)), ("mlp", "swiglu", (0, 2)),
+    ("qkv+up", "swiglu", (1, 1)), ("qkv_attention+mlp", "swiglu", (1, 2)), ("up", "gelu", (0, 1)),
+])
+def test_remat_keeps_the_tensors_that_it_names(remat, activation, kept):
+    model = dataclasses.replace(toy.MODEL, activation=activation)
+    prog = toy.program(model, remat=remat)
+    objective = Objective(prog.graph, np.dtype(np.float32), 10, 0.0, 0.0, 0.0)
+    with jax.set_mesh(prog.mesh):
+        backward = jax.eval_shape(lambda params: jax.vjp(lambda p: loss_sum(objective, p, toy.batch())[0], params)[1],
+                                  prog.abstract.params)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(backward)]
+    rows = toy.ROWS, toy.T
+    found = [shapes.count((*rows, model.kv_heads, 4, model.head_dim)), shapes.count((*rows, model.ff_width))]
+    assert found == [model.n_layers * n for n in kept]
+
+
+def test_a_remat_that_names_no_tensor_is_told():
+    with pytest.raises(ValueError, match=r"train\.remat=qkv\+mpl: 'mpl' is no tensor of a layer; should be none, dots, full, or"):
+        TrainConfig(steps=1, remat="qkv+mpl")
 
 
 def test_a_batch_without_targets_moves_nothing_and_is_finite():

@@ -26,7 +26,7 @@ class Formulation:
     order: Callable = np.arange  # T -> the position at each place of a row, whose parts are on different devices
     split_attention: Callable | None = None  # as `attention`, of a sequence in parts (parallel/context.py)
     phases: tuple = ()  # of sums over a mesh axis: partition.phases
-    remat: str = "none"  # what the backward pass computes again: a name of transformer.REMAT, or none
+    remat: str = "none"  # what the backward pass computes again: "none", or as model/remat.py reads it
     offload: bool = False  # whether what it keeps goes to the host's memory
 
 

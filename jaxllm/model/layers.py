@@ -117,7 +117,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD):
         (up_BTF,) = columns(x_BTD, self.up_DF, form=self.form)
-        return rows(constrain(ACTIVATIONS[self.activation](up_BTF), "batch", "seq", "mlp"), self.down_FD, self.form)
+        up_BTF = checkpoint_name(constrain(up_BTF, "batch", "seq", "mlp"), "up")
+        return rows(ACTIVATIONS[self.activation](up_BTF), self.down_FD, self.form)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

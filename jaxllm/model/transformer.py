@@ -11,26 +11,21 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
 from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of, weight
 from jaxllm.model.moe import SparseFeedForward
+from jaxllm.model.remat import named
 from jaxllm.model.split import GATHERED, look_up, spread_gains, stream
 from jaxllm.partition import constrain, free_axes
-
-KEEP = jax.checkpoint_policies.save_only_these_names
-NAMES = {  # name -> the tensors of a layer that it keeps
-    "mlp": ("gate", "up"), "qkv_attention": ("qkv", "attention"), "qkv": ("qkv",), "attention": ("attention",), "full": (),
-}
-REMAT = {  # name -> what jax.checkpoint keeps besides a layer's input; "none" keeps everything and is not wrapped at all
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    **{name: KEEP(*kept) for name, kept in NAMES.items()},
-}
 
 
 def policy(remat: str, offload: bool):
     """Returns what jax.checkpoint does with a layer's tensors: those of `remat` are kept, and with `offload` they and the
     layer's input are kept in the host's memory."""
+    tensors = named(remat)
+    if tensors is None:
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     if not offload:
-        return REMAT[remat]
+        return jax.checkpoint_policies.save_only_these_names(*tensors)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *NAMES[remat]],
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *tensors],
         offload_src="device", offload_dst="pinned_host")
 
 
@@ -133,7 +128,7 @@ class Trunk(nnx.Module):
             x_BTD, cache, routed = nnx.merge(graph, params)(x_BTD, angles, attend, cache, key, real_BT, capacity)
             return x_BTD, (cache, routed)
 
-        if self.form.remat in REMAT:
+        if self.form.remat != "none":
             layer = jax.checkpoint(layer, policy=policy(self.form.remat, self.form.offload))
         elif free_axes():
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))

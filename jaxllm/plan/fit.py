@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Iterator
 
 from jaxllm.errors import RunError, UserError
+from jaxllm.model.remat import named
 from jaxllm.plan.compile_config import CompileVerb
 from jaxllm.plan.topology import Topology
-from jaxllm.train.config import NAMED
 
 REMATS = ("none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full")  # from the most kept to the least
 AXES = ("data", "fsdp", "tensor")
@@ -45,7 +45,8 @@ def outcome(cfg: CompileVerb, compile_one: Callable) -> dict:
 
 def candidates(cfg: CompileVerb, topology: Topology, sizes: dict[str, int]) -> Iterator[tuple[str, str, CompileVerb]]:
     """Yields (kind, what to write, settings) of changes that need less memory, of each kind the mildest first."""
-    for remat in REMATS[REMATS.index(cfg.train.remat) + 1 :]:
+    kept = REMATS.index(cfg.train.remat) if cfg.train.remat in REMATS else REMATS.index("dots")
+    for remat in REMATS[kept + 1 :]:
         if remat in ("qkv", "full", "dots"):
             yield "remat", f"--train.remat={remat}", with_changes(cfg, train={"remat": remat})
     for offload in offloads(cfg, sizes):
@@ -73,7 +74,7 @@ def offloads(cfg: CompileVerb, sizes: dict[str, int]) -> list[str]:
     if cfg.train.sync != "every_step":
         return []
     more = {"none": ["optimizer", "both"], "optimizer": ["both"], "activations": ["both"], "both": []}[cfg.train.offload]
-    return [o for o in more if o == "optimizer" or (cfg.train.remat in NAMED and sizes.get("stage", 1) == 1)]
+    return [o for o in more if o == "optimizer" or (named(cfg.train.remat) is not None and sizes.get("stage", 1) == 1)]
 
 
 def divides(cfg: CompileVerb, sizes: dict[str, int]) -> bool:

@@ -7,9 +7,8 @@ from jaxllm.data.config import DataConfig
 from jaxllm.generate.config import SampleConfig
 from jaxllm.mesh import MeshConfig
 from jaxllm.model.config import LoRAConfig, ModelConfig
+from jaxllm.model.remat import named
 from jaxllm.parallel.config import ProcessesConfig
-
-NAMED = ("mlp", "qkv_attention", "qkv", "attention", "full")  # values of train.remat that say by name what is kept of a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,10 @@ class TrainConfig:
     split_embedding: bool = False
     # auto: bfloat16 compute with float32 weights on TPU and GPU, float32 on CPU (measured faster there)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all but the
-    # named tensors (mlp: gate and up; attention: what the TPU's attention kernel gave; qkv), or all of a layer (full)
-    remat: Literal["none", "dots", "mlp", "qkv_attention", "qkv", "attention", "full"] = "none"
+    # what the backward pass computes again instead of keeping: nothing (none), all but matmul results (dots), all of a layer
+    # (full), or all but the named tensors, joined by +: qkv, attention (what the TPU's attention kernel gave), gate, up, or
+    # mlp (gate+up)
+    remat: str = "none"
     # what is kept in the host's memory (TPU, GPU): of each layer its input and what `remat` names, the optimizer's moments,
     # or both. Slower; for a model that does not fit even with remat full (`jaxllm plan compile` tells)
     offload: Literal["none", "activations", "optimizer", "both"] = "none"
@@ -85,6 +85,10 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be 0 or more")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"train.batch_size={self.batch_size} is not divisible by train.micro_batches={self.micro_batches}")
+        try:
+            named(self.remat)
+        except ValueError as e:
+            raise ValueError(f"train.remat={self.remat}: {e}") from None
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"train.label_smoothing={self.label_smoothing}: should be in [0, 1)")
 

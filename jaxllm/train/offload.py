@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxllm.errors import UserError
-from jaxllm.train.config import NAMED, TrainConfig
+from jaxllm.model.remat import SETS, TENSORS, named
+from jaxllm.train.config import TrainConfig
 
 HOST = "pinned_host"
 PLATFORMS = ("tpu", "gpu")  # whose memory is not the host's
@@ -38,9 +39,9 @@ def check_offload(train: TrainConfig, mesh: Mesh) -> None:
         raise UserError(f"{told}: a {device.platform} has no memory of its own beside the host's; leave it out")
     if HOST not in (kinds := [m.kind for m in device.addressable_memories()]):
         raise UserError(f"{told}: {device.device_kind} cannot reach the host's memory, only {', '.join(kinds)}; leave it out")
-    if of_activations(train) and train.remat not in NAMED:
+    if of_activations(train) and named(train.remat) is None:
         raise UserError(f"{told} with train.remat={train.remat}: should be a remat that names what it keeps: "
-                        f"{', '.join(NAMED)}")
+                        f"{', '.join(['full', *SETS, *TENSORS])}")
     if of_activations(train) and mesh.shape["stage"] > 1:
         raise UserError(f"{told} cannot be combined with mesh.stage={mesh.shape['stage']}; train.offload=optimizer can")
     if train.sync != "every_step":
