@@ -23,13 +23,14 @@ from jaxllm.train.step import Objective, accumulated
 MODEL = dataclasses.replace(toy.MODEL, n_layers=8)
 M = 8
 MESHES = {"stage4 tensor2": {"stage": 4, "tensor": 2}, "stage4 data2": {"stage": 4, "data": 2}, "stage8": {"stage": 8},
-          "stage2 fsdp2 tensor2": {"stage": 2, "fsdp": 2, "tensor": 2}, "stage2 data2 tensor2": {"stage": 2, "data": 2, "tensor": 2},
-          "stage4 fsdp2": {"stage": 4, "fsdp": 2}, "stage4 context2": {"stage": 4, "context": 2},
-          "stage2 context2 data2": {"stage": 2, "context": 2, "data": 2}}
+          "stage2 fsdp2 tensor2": {"stage": 2, "fsdp": 2, "tensor": 2}, "stage2 context2 data2": {"stage": 2, "context": 2, "data": 2}}
+MORE = {"stage2 data2 tensor2": {"stage": 2, "data": 2, "tensor": 2}, "stage4 fsdp2": {"stage": 4, "fsdp": 2},
+        "stage4 context2": {"stage": 4, "context": 2}}  # with 1F1B alone
 SCHEDULES = {"gpipe": {}, "1f1b": {}, "interleaved": {"virtual_stages": 2}, "zero_bubble": {}}
 QUICK = {("stage4 tensor2", "1f1b"), ("stage4 data2", "zero_bubble"), ("stage8", "gpipe")}
 CASES = [pytest.param(mesh, name, id=f"{mesh} {name}", marks=[] if (mesh, name) in QUICK else [pytest.mark.slow])
          for mesh in MESHES for name in SCHEDULES if (mesh, name) != ("stage8", "interleaved")]  # 16 pieces of 8 layers
+CASES += [pytest.param(mesh, "1f1b", id=f"{mesh} 1f1b", marks=pytest.mark.slow) for mesh in MORE]
 # Far below the gradient's norm: clips at every step. Plain SGD: Adam would undo a factor on a stage's gradients.
 CLIP = OptimConfig(name="sgd", lr=0.3, schedule="constant", clip=0.1)
 
@@ -77,7 +78,7 @@ def one_device():
 @pytest.mark.parametrize(("mesh", "name"), CASES)
 def test_every_schedule_computes_what_one_device_computes(mesh, name, one_device):
     (loss, n, grads), _, batches = one_device
-    prog = program(name=name, **MESHES[mesh])
+    prog = program(name=name, **(MESHES | MORE)[mesh])
     found, found_n, found_grads = loss_and_grads(prog, batches[0], name=name)
     assert found_n == n
     assert abs(found - loss) / loss < 1e-6
@@ -88,7 +89,7 @@ def test_every_schedule_computes_what_one_device_computes(mesh, name, one_device
 @pytest.mark.parametrize(("mesh", "name"), CASES)
 def test_ten_steps_with_clipping_are_those_of_one_device(mesh, name, one_device):
     _, curve, batches = one_device
-    np.testing.assert_allclose(clipped(program(name=name, **MESHES[mesh]), batches), curve, rtol=1e-5)
+    np.testing.assert_allclose(clipped(program(name=name, **(MESHES | MORE)[mesh]), batches), curve, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("change", "name", "train"), [
