@@ -18,9 +18,10 @@ MESHES = {
     "context4 ring": {"context": 4, "devices": 4, "context_attention": "ring"},
 }
 MORE = {"fsdp2 context2 tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
-        "data2 fsdp4": {"data": 2, "fsdp": 4}, "data4 tensor2": {"data": 4, "tensor": 2}, "fsdp4 tensor2": {"fsdp": 4, "tensor": 2},
+        "data2 fsdp4": {"data": 2, "fsdp": 4}, "data4 tensor2": {"data": 4, "tensor": 2},
+        "fsdp4 tensor2, 2 parts": {"fsdp": 4, "tensor": 2, "micro_batches": 2},  # the ten steps in parts, too
         "context2": {"context": 2, "devices": 2}, "data2 context4": {"data": 2, "context": 4},
-        "fsdp4 context2": {"fsdp": 4, "context": 2}, "context4 tensor2": {"context": 4, "tensor": 2},
+        "fsdp4 context2, 4 parts": {"fsdp": 4, "context": 2, "micro_batches": 4}, "context4 tensor2": {"context": 4, "tensor": 2},
         "fsdp2 context2 tensor2 ring": {"fsdp": 2, "context": 2, "tensor": 2, "context_attention": "ring"}}
 
 
