@@ -224,7 +224,7 @@ def test_gsm8k_itself(shared_data):
 
 
 def test_one_turn_is_checked_against_the_row():
-    with Environments(EnvironmentConfig(answer=RewardRule(kind="exact", extract="separator", score=2.0))) as made:
+    with Environments(EnvironmentConfig(kind="answer", answer=RewardRule(kind="exact", extract="separator", score=2.0))) as made:
         one = made.make()
         assert one.reset({"prompt": "1+1=", "answer": "2"}) == "1+1=" and one.step("1+1+0=2;2") == ("", True, 2.0)
         assert made.make().reset({"prompt": [{"role": "user", "content": "?"}]}) == [{"role": "user", "content": "?"}]
@@ -362,10 +362,10 @@ WRONG = [
     ({"kind": "tools", "tools": {}}, "environment.tools={}: should be at least one tool"), ({"kind": "tools", "tools": {"x": "calc"}}, "environment.tools.x=calc: should be calculator, or"),
     ({"kind": "tools", "tools": {"<x>": "calculator"}}, "should be named with letters"), ({"kind": "python"}, "environment.function=null: should be there"),
     ({"kind": "python", "function": "a.py"}, "environment.function=a.py: should be path/to/file.py:Class"), ({"function": "a.py:B"}, "and only then"),
-    ({"answer": RewardRule(kind="length", limit=3)}, "environment.answer.kind=length: should be exact or format"),
-    ({"answer": RewardRule(kind="exact", extract="regex", pattern="a")}, "environment.answer.extract=regex: should be without a pattern"),
-    ({"answer": RewardRule(kind="exact", must_end=True)}, "environment.answer.must_end=True"), ({"answer": RewardRule(kind="exact", keys=("a",))}, "environment.answer.keys="),
-    ({"max_turns": 3}, "environment.max_turns=3: should be left out with kind=answer"), ({"tools": {"x": "calculator"}}, "should be left out with kind=answer"),
+    ({"kind": "answer", "answer": RewardRule(kind="length", limit=3)}, "environment.answer.kind=length: should be exact or format"),
+    ({"kind": "answer", "answer": RewardRule(kind="exact", extract="regex", pattern="a")}, "environment.answer.extract=regex: should be without a pattern"),
+    ({"kind": "answer", "answer": RewardRule(kind="exact", must_end=True)}, "environment.answer.must_end=True"), ({"kind": "answer", "answer": RewardRule(kind="exact", keys=("a",))}, "environment.answer.keys="),
+    ({"kind": "answer", "max_turns": 3}, "environment.max_turns=3: should be left out with kind=answer"), ({"tools": {"x": "calculator"}}, "should be left out with kind=none"),
     ({"kind": "python", "function": "a.py:B", "answer": RewardRule(kind="format")}, "should be left out with kind=python"), ({"kind": "tools", "max_turns": 0}, "environment.max_turns=0: should be at least 1"), ({"kind": "tools", "timeout": 0}, "environment.timeout=0: should be above"), ({"max_errors": -1}, "environment.max_errors=-1"),
     ({"unfinished": float("nan")}, "environment.unfinished=nan"), ({"kind": "tools", "max_result": 0}, "environment.max_result=0"),
 ]

@@ -26,7 +26,7 @@ class EnvironmentConfig:
     max_errors: int = 100  # times that environments or tools may fail in the run; one more ends it
 
     def __post_init__(self):
-        of_kind = {"answer": ("answer",), "tools": ("answer", "tools", "max_turns", "timeout", "max_result"),
+        of_kind = {"none": (), "answer": ("answer",), "tools": ("answer", "tools", "max_turns", "timeout", "max_result"),
                    "python": ("max_turns", "timeout")}
         defaults = {f.name: f.default if f.default is not MISSING else f.default_factory()
                     for f in fields(self) if f.name in ("answer", "tools", "max_turns", "timeout", "max_result")}
