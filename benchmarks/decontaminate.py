@@ -21,6 +21,8 @@ from jaxllm.data.decontaminate import Decontaminate, DecontaminateConfig
 
 EDITS = ("as it stands", "typo", "word replaced", "word deleted", "word inserted", "two words swapped", "case", "punctuation",
          "typo and word replaced")
+# not the ordinary text beside them
+TASKS = ("eval_gauntlet/*", "bbh/*", "bbq/*", "gsm8k/*", "truthfulqa/*", "mt_bench/*", "self_instruct/*")
 GROUPS = {"8 or more": (8, 10**9), "5 to 7": (5, 8), "all": (5, 10**9)}
 
 
@@ -28,10 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("--items", type=int, default=1500)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="patterns of paths in DATA, without endings")
     args = parser.parse_args()
     pages, articles = hosts(args.data / "c4_wiki_sample")
     begun = time.process_time()
-    stage, pick = Decontaminate(DecontaminateConfig(folder=str(args.data))), random.Random(0)
+    cfg, pick = DecontaminateConfig(folder=str(args.data), tasks=tuple(args.tasks.split(","))), random.Random(0)
+    stage = Decontaminate(cfg)
     took = time.process_time() - begun
     print(f"{len(stage.index.text):,} texts of {len(stage.index.looked_for)} tasks, index in {took:.1f} s", flush=True)
     planted = drawn(args.data, stage, args.items, pick)
