@@ -58,8 +58,8 @@ def changes(found: dict) -> list[str]:
 
 
 def collectives(found: dict) -> list[str]:
-    lines = ["collectives of a step:", f"  {'axis':<16}{'kind':<20}{'in program':>11}{'runs':>7}{'GB sent':>10}{'link s':>9}"]
-    lines += [f"  {r['axis']:<16}{r['kind']:<20}{r['in_program']:>11}{r['times']:>7}{r['sent_gb']:>10.3f}{r['seconds']:>9.4f}"
+    lines = ["collectives of a step:", f"  {'axis':<24}{'kind':<20}{'in program':>11}{'runs':>7}{'GB sent':>10}{'link s':>9}"]
+    lines += [f"  {r['axis']:<24}{r['kind']:<20}{r['in_program']:>11}{r['times']:>7}{r['sent_gb']:>10.3f}{r['seconds']:>9.4f}"
               for r in found["collectives"]]
     each = ", ".join(f"{n} {name}" for name, n in found["per_layer"].items())
     note = ["  (a sum over several directions of the network counts once for each)"] if "reduce-scatter" in each else []
