@@ -144,6 +144,7 @@ WRONG = [
     ({"kind": "format", "tags": ("a", "a")}, "tags=('a', 'a'): should be names that differ"), ({"kind": "format", "tags": ("<a>",)}, "should be names of letters"),
     ({"kind": "format", "tags": ()}, "at least one name"), ({"kind": "format", "keys": ("a",)}, "keys=('a',): should be left out, or format=json"),
     ({"kind": "exact", "timeout": 3.0, "sample_timeout": 2.0}, "timeout=3.0: should be left out, or extract=regex"), ({"kind": "format", "format": "json", "tags": ("a",)}, "should be left out, or format=tags"),
+    ({"kind": "exact", "objectives": {"helpful": 1.0}}, "should be left out with kind=exact: it belongs to kind=model"),
     ({"kind": "length", "limit": 5, "pattern": "a"}, "pattern=a: should be left out with kind=length: it belongs to kind=exact|regex"),
     ({"kind": "exact", "function": "a.py:f"}, "function=a.py:f: should be left out with kind=exact: it belongs to kind=python"),
 ]

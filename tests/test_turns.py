@@ -1,7 +1,6 @@
 """Episodes of several turns: arrays, limits, what the policy sees, and that no environment token counts as an action."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ from jaxllm.align import ppo
 from jaxllm.align.environments import Environments, Step
 from jaxllm.align.environments_config import EnvironmentConfig
 from jaxllm.align.rewards_config import RewardRule
-from jaxllm.align.turns import Player, by_sampler, chat_reply, plain_reply
+from jaxllm.align.turns import Player, chat_reply, plain_reply
 from jaxllm.data.chat import load_chat
+from jaxllm.data.preference import shortened
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import RunError, UserError
 from jaxllm.generate.config import SampleConfig
@@ -203,14 +203,18 @@ def test_empty_turns():
     assert found.finish == ["length"] and found.length_B.tolist() == [0]  # it would go on without end
 
 
+def test_a_long_prompt_is_cut_as_those_of_files_are():
+    policy = Scripted({"+2=": ["3$"]})
+    found = player().play(ROWS[:1], policy, prompt_slots=4, response_slots=8)
+    assert policy.seen == [[shortened(encode("1+2="), 4)]] and found.token_BS[0, :4].tolist() == policy.seen[0][0]
+
+
 def test_no_rows_no_calls():
     found = player().play([], None, prompt_slots=4, response_slots=6)
     assert found.token_BS.shape == (0, 10) and found.samples == []
 
 
 def test_wrong_calls_are_refused():
-    with pytest.raises(ValueError, match="episode 1 has 7 tokens; should be 1 to 6"):
-        player().play(ROWS, Scripted(TURNS), prompt_slots=6, response_slots=80)
     with pytest.raises(ValueError, match="returned 0 turns of 3 episodes"):
         player().play(ROWS, lambda prompts: [], prompt_slots=8, response_slots=80)
     with pytest.raises(ValueError, match="1 log-probabilities of 2 tokens"):
@@ -322,16 +326,19 @@ def test_the_logprobs_of_a_real_policy_are_those_of_the_whole_sequence(kind):
 
     engine = Engine(prog.graph, params, model, BYTES, prog.mesh)
 
-    def by_engine(seed):
+    def policy(seed):
         draws = np.random.default_rng(seed)  # anew each turn: the same seeds would draw the same tokens again
 
         def generate(prompts):
-            out = engine.generate(prompts, cfg, draws.integers(0, 2**32, len(prompts)).tolist(), logprobs=True)
-            return [(c.tokens, c.logprobs, c.finish == "eos") for c in out]
+            seeds = draws.integers(0, 2**32, len(prompts), np.uint32)
+            if kind == "engine":
+                return [(c.tokens, c.logprobs, c.finish == "eos") for c in engine.generate(prompts, cfg, seeds.tolist(), logprobs=True)]
+            out = sampler.sample(prompts, n=1, cfg=cfg, seeds=seeds, prompt_slots=16, response_slots=2)
+            return [(out.response(i), out.logp_BR[i, : out.length_B[i]], out.ended_B[i]) for i in range(len(prompts))]
 
         return generate
 
-    rows, policy = [{"prompt": "a"}, {"prompt": "b"}], by_engine if kind == "engine" else partial(by_sampler, sampler, cfg)
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
     found, again, other = (player(Says("env")).play(rows, policy(seed), prompt_slots=4, response_slots=20) for seed in (0, 0, 1))
     assert found.action_BR[:, :12].tolist() == [([1.0] * 2 + [0.0] * 3) * 2 + [1.0] * 2] * 2
     whole = Rollout(found.token_BS, found.first_B, found.length_B, found.action_BR, found.logp_BR, found.ended_B)

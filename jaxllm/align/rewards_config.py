@@ -77,7 +77,8 @@ def _of_other_kinds(rule: RewardRule):
     for f in fields(rule):
         value = getattr(rule, f.name)
         value = tuple(value) if isinstance(value, list) else value  # as the config loader gives it
-        if f.default is not MISSING and value != f.default:
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if default is not MISSING and value != default:
             kinds = OF_KIND.get(f.name, (rule.kind,))
             yield f.name, rule.kind in kinds, f"left out with kind={rule.kind}: it belongs to kind={'|'.join(kinds)}"
 

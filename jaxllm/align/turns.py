@@ -8,7 +8,6 @@ turned into text and back.
 
 import bisect
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,12 +18,10 @@ from jaxllm.align.guarded_child import told
 from jaxllm.align.rewards import PROMPT_SHOWN, Incident
 from jaxllm.align.rules import Sample
 from jaxllm.data.chat import Chat
+from jaxllm.data.preference import shortened
 from jaxllm.data.prompts import left_padded, text_of
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import RunError, UserError
-from jaxllm.generate.config import SampleConfig
-from jaxllm.generate.continuous import Sampler
-from jaxllm.generate.engine import power_of_two
 
 # prompts -> for each the tokens that were sampled, their log-probabilities, and whether the last is the end token
 Generate = Callable[[list[list[int]]], Sequence[tuple[Sequence[int], Sequence[float], bool]]]
@@ -84,8 +81,8 @@ class Player:
         """Returns an episode of each row.
 
         `generate` is called once a turn, for all episodes that go on, and has to draw anew at each call. An episode is cut
-        off at `response_slots` tokens, the environment's counted. Raises ValueError for a prompt without tokens or with more
-        than `prompt_slots`, and RunError after more than max_errors failures in the run.
+        off at `response_slots` tokens, the environment's counted; a prompt is shortened to `prompt_slots` tokens, as those
+        of files are. Raises RunError after more than max_errors failures in the run.
         """
         episodes = [_Episode(self.environments.make(), row) for row in rows]
         incidents: list[Incident] = []
@@ -108,8 +105,9 @@ class Player:
         except Exception as e:
             episode.text, episode.prompt = str(episode.row.get("prompt", "")), [self.tokenizer.bos_id]
             self._failed(episode, i, e, incidents)
-        if not 1 <= len(episode.prompt) <= prompt_slots:
-            raise ValueError(f"the prompt of episode {i} has {len(episode.prompt)} tokens; should be 1 to {prompt_slots}")
+        if not episode.prompt:
+            raise ValueError(f"the prompt of episode {i} has no tokens")
+        episode.prompt = shortened(episode.prompt, prompt_slots)
 
     def _turn(self, episode: _Episode, i: int, turn, response_slots: int, incidents: list[Incident]) -> None:
         """Adds a turn of the policy, and what the environment says to it."""
@@ -189,23 +187,6 @@ class Player:
     def _sample(self, e: _Episode) -> Sample:
         written = e.tokens[:-1] if e.ended else e.tokens
         return Sample(e.text, self.tokenizer.decode(written), e.tokens, e.ended, e.row, e.prompt)
-
-
-def by_sampler(sampler: Sampler, cfg: SampleConfig, seed: int, stop_ids: tuple[int, ...] = ()) -> Generate:
-    """Returns a policy that writes with the sampler of rollouts, at most cfg.max_tokens a turn.
-
-    What it draws is a function of the seed, the turn's number and the prompt's place among those of the turn: make one for
-    each batch.
-    """
-    turns = itertools.count()
-
-    def generate(prompts: list[list[int]]):
-        seeds = np.random.default_rng([seed, next(turns)]).integers(0, 2**32, len(prompts), np.uint32)
-        out = sampler.sample(prompts, n=1, cfg=cfg, seeds=seeds, prompt_slots=power_of_two(max(map(len, prompts))),
-                             response_slots=cfg.max_tokens, stop_ids=stop_ids)
-        return [(out.response(i), out.logp_BR[i, : out.length_B[i]], out.ended_B[i]) for i in range(len(prompts))]
-
-    return generate
 
 
 def plain_reply(tokenizer: Tokenizer) -> Reply:
