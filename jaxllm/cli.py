@@ -34,6 +34,8 @@ VERBS = {
                         "let experts label what was kept and removed; tell how right the filters are", takes="run"),
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
+    "sft": Verb("jaxllm.align.config:SFTConfig", "jaxllm.align.sft:main", "sft CONFIG.yaml --base.run=RUN",
+                "teach a trained model to follow instructions; run again to go on"),
     "reward": Verb("jaxllm.align.reward_config:RewardVerb", "jaxllm.align.reward:main", "reward CONFIG.yaml",
                    "train a model that scores answers from ranked ones"),
     "rlhf": Verb("jaxllm.align.rlhf_config:RLHFConfig", "jaxllm.align.rlhf_run:main", "rlhf CONFIG.yaml",
@@ -199,6 +201,6 @@ def _find(reference: str):
 
 def entry_point() -> None:
     """What the installed `jaxllm` script and `python -m jaxllm` call: a command that computes gets huge pages first."""
-    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "reward", "rlhf", "generate", "chat"):
+    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "sft", "reward", "rlhf", "generate", "chat"):
         use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ import pytest
 from jaxllm.data.instruction_config import InstructionData, InstructionSource
 from jaxllm.data.instruction_input import InstructionInput, InstructionValidation, PretrainingRows, prepare
 from jaxllm.data.instruction_mixture import epoch_order, examples_of_members
-from jaxllm.data.instruction_packing import first_fit
+from jaxllm.data.instruction_packing import empty_batch, first_fit
 from jaxllm.data.packing import n_rows
 from jaxllm.data.store import Store
 from jaxllm.data.tokenizer import ByteTokenizer
@@ -295,30 +295,49 @@ def store(n_documents, seed) -> Store:
     return Store(np.concatenate(texts).astype(np.uint16), np.cumsum([len(t) for t in texts]), np.array([len(t) - 2 for t in texts]))
 
 
-def test_a_share_of_the_rows_is_of_pretraining(sources):
+def rows_of_text(stores, weights, n, seed=0) -> list[bytes]:
+    """Returns the first n rows of pretraining that are drawn."""
+    rows = PretrainingRows(stores, weights, SEQ, seed, BYTES.pad_id)
+    batch = empty_batch(n, SEQ, BYTES.pad_id)
+    for k in range(n):
+        rows.fill(batch, k, k)
+    assert (batch["weight_BT"] == (batch["target_BT"] != BYTES.bos_id) * (batch["target_BT"] != BYTES.pad_id)).all()
+    assert (batch["doc_BT"].max(1) > 1).any()
+    return [row.tobytes() for row in batch["token_BT"]]
+
+
+def test_rows_of_text_come_by_weight_and_each_equally_often():
     stores = [store(20, 0), store(9, 1)]
-    n = sum(n_rows(len(s.tokens), SEQ) for s in stores)
+    sizes = [n_rows(len(s.tokens), SEQ) for s in stores]
+    drawn = rows_of_text(stores, [3.0, 1.0], 2000)
+    own = [set(rows_of_text([s], [1.0], n)) for s, n in zip(stores, sizes, strict=True)]
+    assert [len(rows) for rows in own] == sizes  # each once before any comes again
+    of_first = [row for row in drawn if row in own[0]]
+    assert len(of_first) == 1500 and sum(row in own[1] for row in drawn) == 500
+    counts = collections.Counter(of_first)
+    assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == sizes[0]
+    assert abs(sum(row in own[0] for row in drawn[:200]) - 150) < 25 and drawn != rows_of_text(stores, [3.0, 1.0], 2000, seed=1)
+
+
+def test_a_share_of_the_rows_is_of_pretraining(sources):
     cfg = InstructionData(sources=sources, seq_len=SEQ, template="own")
     prepared = prepare(cfg, BYTES, log=lambda text: None)
 
     def mixed(share):
-        rows = PretrainingRows(stores, SEQ, 0, BYTES.pad_id)
+        rows = PretrainingRows([store(20, 0)], [1.0], SEQ, 0, BYTES.pad_id)
         return InstructionInput(prepared, cfg, 5, 0, pretraining=rows, pretraining_share=share)
 
-    data = mixed(0.1)
-    batches = first(data.batches(), 6 * n)
-    of_text = [(step, b) for step, batch in enumerate(batches) for b in range(5) if batch["token_BT"][b].max() >= 200 and not (
-        batch["token_BT"][b] == BYTES.special_id("<|user|>")).any()]
-    assert len(of_text) == 3 * n and len({step for step, _ in of_text}) == 3 * n  # 30 n rows, evenly spread
-    rows = [batches[step]["token_BT"][b].tobytes() for step, b in of_text]
-    assert all(len(set(part)) == len(set(rows)) for part in (rows[:n], rows[n : 2 * n], rows[2 * n :])) and rows[:n] != rows[n : 2 * n]
-    for step, b in of_text:
-        assert (batches[step]["weight_BT"][b] == (batches[step]["target_BT"][b] != BYTES.bos_id) * (batches[step]["target_BT"][b] != 0)).all()
+    data, n = mixed(0.1), 60
+    batches = first(data.batches(), n)
+    wanted = rows_of_text([store(20, 0)], [1.0], n // 2)
+    of_text = [(step, b) for step, batch in enumerate(batches) for b in range(5) if batch["token_BT"][b].tobytes() in wanted]
+    assert [batches[step]["token_BT"][b].tobytes() for step, b in of_text] == wanted  # 5 n rows, a tenth of them, in order
+    assert len({step for step, _ in of_text}) == n // 2  # evenly spread
     rest = [d for step, batch in enumerate(batches) for b in range(5) if (step, b) not in of_text
             for d in documents({name: array[b : b + 1] for name, array in batch.items()})]
-    alone = [d for batch in first(InstructionInput(prepared, cfg, 9, 0).batches(), 3 * n) for d in documents(batch)]
+    alone = [d for batch in first(InstructionInput(prepared, cfg, 9, 0).batches(), n // 2) for d in documents(batch)]
     assert rest == alone  # none lost, the order kept
-    for a, b in zip(batches[40:], first(mixed(0.1).batches(40), 6 * n - 40), strict=True):
+    for a, b in zip(batches[40:], first(mixed(0.1).batches(40), n - 40), strict=True):
         assert (a["token_BT"] == b["token_BT"]).all()
     assert data.n_steps(1) == -(-round(np.ceil(data.firsts[1] / 0.9)) // 5)
     assert "10.0% of the rows are of pretraining" in data.describe()

@@ -32,7 +32,11 @@ class Encoder:
         self.kept: dict[tuple[str, int], tuple | None] = {}
 
     def chat(self, member: Member) -> Chat:
-        name = member.source.template or self.cfg.template or "plain"
+        return self.chat_of(member.source.template)
+
+    def chat_of(self, template: str | None) -> Chat:
+        """Returns the chat of a template; null: that of the data."""
+        name = template or self.cfg.template or "plain"
         if name not in self.chats:
             self.chats[name] = load_chat(name, self.tokenizer)
         return self.chats[name]

@@ -13,6 +13,8 @@ from jaxllm.data.draws import permutation
 from jaxllm.data.packing import gather_rows, n_rows
 from jaxllm.data.store import Store
 
+BLOCK = 1000  # rows of pretraining in which each store has its share
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
@@ -90,19 +92,32 @@ def empty_batch(n_rows: int, seq_len: int, pad_id: int) -> dict[str, np.ndarray]
 class PretrainingRows:
     """Rows of tokenised text, to be mixed in: every token of them is learned."""
 
-    def __init__(self, stores: list[Store], seq_len: int, seed: int, pad_id: int):
+    def __init__(self, stores: list[Store], weights: list[float], seq_len: int, seed: int, pad_id: int):
         self.streams, self.seq_len, self.seed, self.pad_id = [(s.tokens, s.ends) for s in stores], seq_len, seed, pad_id
-        self.last = np.cumsum([n_rows(len(store.tokens), seq_len) for store in stores])
+        self.sizes = [n_rows(len(store.tokens), seq_len) for store in stores]
+        # of each BLOCK rows that are drawn, how many are of each store: rounded down, the rest to the largest remainders
+        exact = np.array(weights) / sum(weights) * BLOCK
+        self.quotas = np.floor(exact).astype(int)
+        self.quotas[np.argsort(self.quotas - exact, kind="stable")[: BLOCK - self.quotas.sum()]] += 1
 
     def fill(self, batch: dict[str, np.ndarray], b: int, k: int) -> None:
-        """Writes the k-th row that is drawn into place b: shuffled, and anew each time all were read."""
-        n = int(self.last[-1])
-        row = self._order(k // n)[k % n]
-        stream = int(np.searchsorted(self.last, row, "right"))
-        row -= self.last[stream - 1] if stream else 0
+        """Writes the k-th row that is drawn into place b: stores by weight, their rows shuffled anew in each pass."""
+        stream, rank = self._block(k // BLOCK)
+        stream, rank = int(stream[k % BLOCK]), int(rank[k % BLOCK])
+        nth, size = k // BLOCK * int(self.quotas[stream]) + rank, self.sizes[stream]
+        row = self._order(stream, nth // size)[nth % size]
         for name, array in gather_rows(self.streams, np.array([stream]), np.array([row]), self.seq_len, self.pad_id).items():
             batch[name][b] = array[0]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _order(self, time: int) -> np.ndarray:
-        return permutation(int(self.last[-1]), "pretraining", self.seed, time)
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns of each row in a block its store, and how many of that store come before it there."""
+        stream = np.repeat(np.arange(len(self.quotas)), self.quotas)[permutation(BLOCK, "stores", self.seed, block)]
+        rank = np.empty(BLOCK, int)
+        for one, quota in enumerate(self.quotas):
+            rank[stream == one] = np.arange(quota)
+        return stream, rank
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _order(self, stream: int, time: int) -> np.ndarray:
+        return permutation(self.sizes[stream], "pretraining", self.seed, stream, time)

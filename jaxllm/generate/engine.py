@@ -38,9 +38,11 @@ class Engine:
     compilation."""
 
     def __init__(self, graph: nnx.GraphDef, params: nnx.State, cfg: ModelConfig, tokenizer, mesh: Mesh, *,
-                 precision: str = "auto"):
+                 precision: str = "auto", end_id: int | None = None):
+        """`end_id`: the token that ends a text; None: <eos>. A chat template has one of its own."""
         self.graph, self.cfg, self.tokenizer, self.mesh = graph, cfg, tokenizer, mesh
         self.tokens, self.seconds = 0, 0.0
+        self.end_id = tokenizer.eos_id if end_id is None else end_id
         dtype = compute_dtype(precision, mesh.devices.flat[0].platform)
         with jax.set_mesh(mesh):
             self.weights = cache.prepare(graph, dtype, params)
@@ -58,7 +60,8 @@ class Engine:
         if not prompts:
             return []
         limits = [min(cfg.max_tokens, self.cfg.max_seq_len - len(p)) for p in prompts]
-        texts = [Text(self.tokenizer, p, limit, cfg.stop, None if on_text is None else partial_row(on_text, i))
+        texts = [Text(self.tokenizer, p, limit, cfg.stop, None if on_text is None else partial_row(on_text, i),
+                      end_id=self.end_id)
                  for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))]
         with jax.set_mesh(self.mesh):
             logp_BM = self._write(texts, seeds, cfg, logprobs, look=bool(cfg.stop) or on_text is not None)
@@ -81,7 +84,7 @@ class Engine:
         """Fills `texts`; returns the log-probabilities, logp_BM."""
         steps, numbers = sample.plan(cfg, logprobs)
         tokenizer = self.tokenizer
-        program = decode.Program(self.graph, steps, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
+        program = decode.Program(self.graph, steps, tokenizer.vocab_size, self.end_id, tokenizer.pad_id)
         inputs, T = self._batch(texts, seeds)
         end = T + max(text.limit for text in texts)  # slots that may be needed
         slots = slots_for(T + 1)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 class Text:
     """The continuation of a prompt so far. `finish` is None while it goes on."""
 
-    def __init__(self, tokenizer, prompt: list[int], limit: int, stop: list[str], on_text: Callable[[str], None] | None = None):
+    def __init__(self, tokenizer, prompt: list[int], limit: int, stop: list[str], on_text: Callable[[str], None] | None = None,
+                 *, end_id: int | None = None):
+        self.end_id = tokenizer.eos_id if end_id is None else end_id
         self.tokenizer, self.prompt, self.limit, self.stop, self.on_text = tokenizer, prompt, limit, stop, on_text
         self.tokens: list[int] = []
         self.text, self.finish = "", None
@@ -20,8 +22,8 @@ class Text:
             return
         before = len(self.tokens)
         tokens = tokens[: self.limit - before]
-        if self.tokenizer.eos_id in tokens:
-            tokens = tokens[: tokens.index(self.tokenizer.eos_id) + 1]
+        if self.end_id in tokens:
+            tokens = tokens[: tokens.index(self.end_id) + 1]
             self.finish = "eos"
         self.tokens += tokens
         if self.finish is None and len(self.tokens) == self.limit:
