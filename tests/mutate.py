@@ -625,6 +625,14 @@ FAULTS += [  # rewards and environments
           "tests/test_environments.py -k share_no_pair"),
     Fault("which pairs are held out goes by the seed", "jaxllm/align/arithmetic.py", 'f"{a}+{b}".encode()', 'f"{a}+{b}{self.cfg.seed}".encode()',
           "tests/test_environments.py -k share_no_pair"),
+    Fault("an adapter is not added to its base", "jaxllm/align/sft_loss.py", "return merged(frozen, params, lora) if lora.rank else params",
+          "return frozen if lora.rank else params", "tests/test_sft.py -k adapters_begin"),
+    Fault("noise is as large in every example", "jaxllm/align/sft_loss.py", "alpha / jnp.sqrt(lengths(pos_BT, doc_BT).astype(jnp.float32) * D)",
+          "alpha / jnp.sqrt(jnp.full(doc_BT.shape, T * D, jnp.float32))", "tests/test_sft.py -k as_large_as"),
+    Fault("an evaluation of instructions has noise", "jaxllm/align/sft_loss.py", "    if not noise or key is None:\n",
+          "    key = jax.random.key(0) if key is None else key\n    if not noise:\n", "tests/test_sft.py -k no_noise_without"),
+    Fault("a tuned model does not stop at its turn's end", "jaxllm/generate/text.py", "if self.end_id in tokens:",
+          "if self.tokenizer.eos_id in tokens:", "tests/test_sft.py -k speak_the_template"),
 ]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 import sys
 from functools import partial
 
@@ -33,6 +34,7 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
 
     start_jax()
     from jaxllm.align.start import mesh_of, resolved
+    from jaxllm.data.chat import template_file
     from jaxllm.data.instruction_input import InstructionInput, InstructionValidation, prepare
     from jaxllm.data.tokenizer import load_tokenizer
     from jaxllm.partition import row_share
@@ -44,7 +46,8 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
     _check_tokenizer(cfg, tokenizer)
     changes = changes_of(cfg, config.to_dict(cfg), verb="sft", may_change=MAY_CHANGE)
     mesh = mesh_of(cfg)
-    prepared = prepare(cfg.data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
+    data = dataclasses.replace(cfg.data, template=template_file(cfg.data.template, folder))
+    prepared = prepare(data, tokenizer, log=lambda text: print(text, file=sys.stderr, flush=True) if writes else None)
     share = row_share(mesh)
     mix = _pretraining(cfg, tokenizer, writes)
     rows = InstructionInput(prepared, cfg.data, cfg.train.batch_size, cfg.run.seed, *share, pretraining=mix,
@@ -54,12 +57,13 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
         print(f"{folder}: finished: step {done} of {steps}; raise train.epochs or train.steps to go on", file=sys.stderr)
         return {"run": str(folder), "step": done, "finished": True}
     held_out = InstructionValidation(prepared, cfg.data, cfg.train.batch_size, cfg.train.eval_rows, *share)
-    chat = prepared.encoder.chat_of(cfg.data.template)
+    chat = prepared.encoder.chat_of(None)
     prompts = _sample_prompts(cfg, chat)
     program, weights = _program(cfg, mesh, steps, begun=last_checkpoint(folder) > 0 and not cfg.run.overwrite)
     together("settings are checked")  # before the folder changes
     if writes:
         begin(cfg, config.to_dict(cfg), verb="sft")
+        _keep_template(cfg.data.template, folder)
     together("the run begins")
 
     def made(checkpoints, log, start):
@@ -77,6 +81,17 @@ def _base(cfg: SFTConfig, folder: pathlib.Path) -> ModelOfRun:
 
     own = not cfg.run.overwrite and not cfg.lora.rank and last_checkpoint(folder)
     return read_model(folder) if own and cfg.base.run and not pathlib.Path(cfg.base.run).exists() else found_base(cfg.base)
+
+
+def _keep_template(template: str, folder: pathlib.Path) -> None:
+    """Copies a template that is a file, and the settings beside it, into the run folder, which is then whole without it."""
+    from jaxllm.data.chat import template_file
+
+    if template.endswith((".jinja", ".json")):
+        path = pathlib.Path(template_file(template, folder))
+        for one in {path, path.with_name("tokenizer_config.json")}:
+            if one.is_file() and one.parent.resolve() != folder.resolve():
+                shutil.copy(one, folder / one.name)
 
 
 def _check_tokenizer(cfg: SFTConfig, tokenizer) -> None:

@@ -9,6 +9,7 @@ A template is data: `Template` and the six of them below. Templates in Jinja, as
 
 import hashlib
 import itertools
+import pathlib
 import re
 from dataclasses import dataclass
 from typing import Protocol
@@ -96,6 +97,12 @@ def load_chat(template: str, tokenizer: Tokenizer) -> Chat:
         return load_jinja(template, tokenizer)
     raise UserError(f"template {template!r}: should be {', '.join(TEMPLATES)}, or a .jinja or tokenizer_config.json file; "
                     f"{nearest(template, TEMPLATES)}")
+
+
+def template_file(template: str, folder: pathlib.Path) -> str:
+    """Returns a template as `load_chat` takes it; of one that is a file which is gone, the copy in a run's folder."""
+    own = folder / pathlib.Path(template).name
+    return str(own) if template not in TEMPLATES and not pathlib.Path(template).exists() and own.is_file() else template
 
 
 class TemplateChat:

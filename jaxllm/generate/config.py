@@ -32,6 +32,8 @@ class GenerateVerb:
     prompts: str | None = None  # a file of prompts: .jsonl with a "prompt" field, else one a line
     batch_size: int = 16  # prompts decoded together
     n: int = 1  # continuations of each prompt, with seeds seed, seed+1, …
+    # a prompt is a user's message, written in the template that the run was tuned with; null: where it was
+    chat: bool | None = None
     stream: bool | None = None  # show text as it comes; null: when there is one continuation and a terminal
     logprobs: bool = False  # also the log-probability of every token
     output: str | None = None  # write JSON lines here instead of showing text

@@ -16,12 +16,14 @@ def main(cfg: GenerateVerb) -> dict:
     if stream and (len(tasks) > 1 or cfg.output):
         raise UserError(f"stream=true shows one continuation as it comes, found {len(tasks)}; leave it out")
     engine, step = load_engine(cfg.run, cfg.step)
+    chat = chat_of(cfg.run, engine.tokenizer, wanted=cfg.chat)
+    ids = {p: chat.prompt_ids([{"role": "user", "content": p}], "prompt") if chat else p for p in prompts}
     made = []
     for at in range(0, len(tasks), cfg.batch_size):
         batch = tasks[at : at + cfg.batch_size]
         if stream:
-            print(batch[0][0], end="", flush=True)
-        found = engine.generate([p for p, _ in batch], cfg.sample, [s for _, s in batch], logprobs=cfg.logprobs,
+            print(batch[0][0], end="\n" if chat else "", flush=True)
+        found = engine.generate([ids[p] for p, _ in batch], cfg.sample, [s for _, s in batch], logprobs=cfg.logprobs,
                                 on_text=(lambda row, piece: print(piece, end="", flush=True)) if stream else None)
         made += [describe(prompt, seed, one) for (prompt, seed), one in zip(batch, found, strict=True)]
         if len(tasks) > cfg.batch_size:
@@ -29,7 +31,7 @@ def main(cfg: GenerateVerb) -> dict:
     if stream:
         print()
     else:
-        show(made, cfg.output)
+        show(made, cfg.output, "\n" if chat else "")
     rate = engine.tokens / max(engine.seconds, 1e-9)
     print(f"step {step}: {engine.tokens} tokens in {engine.seconds:.2f} s, {rate:,.0f} tok/s", file=sys.stderr)
     return {"run": cfg.run, "step": step, "continuations": made, "tokens_per_s": round(rate, 1)}
@@ -75,7 +77,23 @@ def load_engine(run: str, step: int | None):
     folder = pathlib.Path(run)
     mesh = run_mesh(read_model(folder))
     cfg, graph, params, step = load_model(folder, step, mesh)
-    return Engine(graph, params, cfg.model, tokenizer_of(folder), mesh, precision=cfg.precision), step
+    tokenizer = tokenizer_of(folder)
+    chat = chat_of(run, tokenizer)
+    end_id = chat.end_id if chat else None
+    return Engine(graph, params, cfg.model, tokenizer, mesh, precision=cfg.precision, end_id=end_id), step
+
+
+def chat_of(run: str, tokenizer, *, wanted: bool | None = None):
+    """Returns the chat of the template that a run was tuned with; None where it was not, or is not wanted."""
+    from jaxllm.data.chat import load_chat, template_file
+    from jaxllm.train.run_folder import read_model
+
+    template = read_model(pathlib.Path(run)).template
+    if wanted and not template:
+        raise UserError(f"chat=true: {run} holds a base model, which was taught no template; leave it out")
+    if not template or wanted is False:
+        return None
+    return load_chat(template_file(template, pathlib.Path(run)), tokenizer)
 
 
 def describe(prompt: str, seed: int, one) -> dict:
@@ -83,8 +101,8 @@ def describe(prompt: str, seed: int, one) -> dict:
     return found | ({"logprobs": one.logprobs} if one.logprobs is not None else {})
 
 
-def show(made: list[dict], output: str | None) -> None:
-    """Writes JSON lines to `output`, or prints the texts; several are set apart by a line with number and ending."""
+def show(made: list[dict], output: str | None, between: str = "") -> None:
+    """Writes JSON lines to `output`, or prints prompts and texts; several are set apart by a line with number and ending."""
     if output:
         text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in made)
         pathlib.Path(output).write_text(text, encoding="utf-8")
@@ -93,7 +111,7 @@ def show(made: list[dict], output: str | None) -> None:
     for number, one in enumerate(made, 1):
         if len(made) > 1:
             print(f"--- {number}, seed {one['seed']}, {one['finish']}")
-        print(one["prompt"] + one["text"])
+        print(one["prompt"] + between + one["text"])
         if "logprobs" in one:
             mean = sum(one["logprobs"]) / max(len(one["logprobs"]), 1)
             print(f"    log-probabilities, mean {mean:.3f}: {' '.join(f'{x:.2f}' for x in one['logprobs'])}")
