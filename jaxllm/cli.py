@@ -34,7 +34,7 @@ VERBS = {
                         "let experts label what was kept and removed; tell how right the filters are", takes="run"),
     "pretrain": Verb("jaxllm.train.config:PretrainConfig", "jaxllm.train.pretrain:main", "pretrain CONFIG.yaml",
                      "train a language model from text; run again to go on"),
-    "sft": Verb("jaxllm.align.config:SFTConfig", "jaxllm.align.sft:main", "sft CONFIG.yaml --base.run=RUN",
+    "sft": Verb("jaxllm.align.sft_config:SFTConfig", "jaxllm.align.sft:main", "sft CONFIG.yaml --base.run=RUN",
                 "teach a trained model to follow instructions; run again to go on"),
     "reward": Verb("jaxllm.align.reward_config:RewardVerb", "jaxllm.align.reward:main", "reward CONFIG.yaml",
                    "train a model that scores answers from ranked ones"),

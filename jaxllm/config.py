@@ -218,9 +218,10 @@ def _fields(cls, prefix: str = "", holder=None) -> dict[str, _Field]:
 
 
 def _comments(cls) -> dict[str, str]:
-    """Returns {field: its comment}: the one on its line, or else the full-line comments just above it."""
+    """Returns {field: its comment}, of inherited fields too: the one on its line, or else the full-line comments above it."""
     out, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
+    sources = [inspect.getsource(one) for one in reversed(cls.__mro__) if dataclasses.is_dataclass(one)]
+    for line in "\n".join(sources).splitlines():
         if found := re.match(r"\s+(\w+): [^#]*(?:#\s*(.*))?$", line):
             out[found[1]] = found[2] or " ".join(above)
             above = []

@@ -17,7 +17,7 @@ import toy
 import yaml
 
 from jaxllm import cli, config
-from jaxllm.align.config import PretrainingMix, SFTConfig, SFTTrain
+from jaxllm.align.sft_config import PretrainingMix, SFTConfig, SFTTrain
 from jaxllm.align.sft_loss import held_out_loss, lengths, noisy, sft_loss
 from jaxllm.data.instruction_config import InstructionData, InstructionSource
 from jaxllm.data.instruction_input import InstructionInput, prepare

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from jaxllm import config
-from jaxllm.align.config import SFTConfig
+from jaxllm.align.sft_config import SFTConfig
 from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.parallel.processes import is_first, start, together
 from jaxllm.train.config import ModelOfRun
