@@ -367,7 +367,7 @@ def test_the_verb_tells_what_comparisons_say_without_a_page(tmp_path, capsys):
 
 
 def asked(port, method, path, body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
     connection.request(method, path, None if body is None else json.dumps(body), headers)
     answer = connection.getresponse()
@@ -416,7 +416,7 @@ def test_a_kill_loses_no_comparison_that_was_answered_and_the_same_command_goes_
 
 
 @pytest.mark.slow
-def test_a_runs_model_answers_prompts(tmp_path, capsys):
+def test_a_runs_model_answers_prompts(tmp_path, capsys, monkeypatch):
     assert cli.main(["pretrain", str(runs.config(tmp_path, train={"eval_every": 0}))]) == 0
     prompts = write(tmp_path / "p.jsonl", *[{"prompt": f"the {w}"} for w in ("cat", "dog", "man")], {"prompt": [{"role": "user", "content": "hi"}]})
     words = [str(tmp_path / "run"), f"--prompts={prompts}", f"--output={tmp_path / 'out.jsonl'}", "--sample.max_tokens=8", "--n=3"]
@@ -424,10 +424,15 @@ def test_a_runs_model_answers_prompts(tmp_path, capsys):
     assert cli.main(["rlhf", "collect", *words]) == 2 and "a prompt is a list of messages; --template=NAME" in capsys.readouterr().err
     settings = tmp_path / "run" / "config.yaml"  # as of a run of sft
     settings.write_text(settings.read_text().replace("\ndata:\n", "\ndata:\n  template: plain\n"))
-    with started(*words, "--on_demand") as (process, port):
-        asked_for = [asked(port, "GET", f"/api/item?n={n}&annotator=ada")[1] for n in range(4)]
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+    asked_for = []
+
+    def one_visit(app, port, says):
+        assert not app.items.answers and "4 items to compare" in says  # nothing is sampled before somebody comes
+        with serving(app) as port:
+            asked_for.extend(asked(port, "GET", f"/api/item?n={n}&annotator=ada")[1] for n in range(4))
+
+    monkeypatch.setattr("jaxllm.align.collect.verb.serve", one_visit)
+    assert cli.main(["rlhf", "collect", *words, "--on_demand"]) == 0
     assert all(len(set(item["answers"])) == 3 for item in asked_for)
     rows = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and {row["made_by"]["template"] for row in rows} == {"plain"} and all(row["made_by"]["step"] for row in rows)
