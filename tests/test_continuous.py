@@ -109,7 +109,7 @@ def test_neither_order_nor_number_of_samples_nor_padding_changes_one(made, plain
         assert [two.response(2 * i), two.response(2 * i + 1)] == [plain.response(N * i + 1), plain.response(N * i + 2)]
     wide = write(made[2], prompt_slots=30)
     np.testing.assert_array_equal(wide.token_BS[:, 30 - P :], plain.token_BS)
-    np.testing.assert_allclose(wide.logp_BR, plain.logp_BR, atol=1e-6)
+    np.testing.assert_allclose(wide.logp_BR, plain.logp_BR, atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
