@@ -1,6 +1,7 @@
 """The sampler of rollouts: what it writes and its log-probabilities are the trainer's, whatever stands in the other rows."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxllm.generate import continuous
 from jaxllm.generate.config import SampleConfig
 from jaxllm.generate.continuous import Sampler
 from jaxllm.generate.engine import Engine
+from jaxllm.generate.outside import check_against
 from jaxllm.train.loss import token_logps
 
 EOS, PAD, WORDS, P, R = 2, 0, 36, 12, 24
@@ -72,7 +74,7 @@ def trainers_logps(prog, params, one, temperature):
 
 
 @pytest.mark.parametrize("rows", [None, 3])
-@pytest.mark.parametrize("change", [{}, {"window": 5, "n_kv_heads": 1}], ids=["plain", "window"])
+@pytest.mark.parametrize("change", [{}, pytest.param({"window": 5, "n_kv_heads": 1}, marks=pytest.mark.slow)], ids=["plain", "window"])
 def test_the_log_probabilities_are_the_trainers_at_the_temperature(change, rows):
     prog, params, sampler = make(dataclasses.replace(MODEL, **change))
     for cfg in (CFG, dataclasses.replace(CFG, temperature=1.0, top_k=5, repetition_penalty=1.3)):
@@ -94,11 +96,12 @@ def test_arrays_are_as_training_takes_them(made, plain):
     assert 0 < plain.ended_B.sum() < len(plain.ended_B) and len({tuple(plain.response(i)) for i in range(N)}) == N
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7, 64])
+@pytest.mark.parametrize("rows", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7, 64))])
 def test_what_a_sample_writes_does_not_depend_on_how_many_are_written_at_once(made, plain, rows):
     same(write(made[2], rows=rows), plain)
 
 
+@pytest.mark.slow
 def test_neither_order_nor_number_of_samples_nor_padding_changes_one(made, plain):
     order = np.array([3, 0, 4, 1, 2])
     rows = (order[:, None] * N + np.arange(N)[None]).ravel()
@@ -112,6 +115,7 @@ def test_neither_order_nor_number_of_samples_nor_padding_changes_one(made, plain
     np.testing.assert_allclose(wide.logp_BR, plain.logp_BR, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_every_mesh_writes_the_same(plain, mesh):
     sampler = make(devices=8, **mesh)[2]
@@ -168,6 +172,7 @@ def test_the_first_token_may_be_the_end_and_other_tokens_may_end_too(made, plain
     assert (short.length_B == 1).all()
 
 
+@pytest.mark.slow
 def test_the_models_longest_sequence_ends_a_response():
     sampler = make(dataclasses.replace(MODEL, max_seq_len=14))[2]
     one = write(sampler, rows=3)
@@ -193,6 +198,7 @@ def test_weights_are_those_loaded_last_and_their_digest_is_the_trainers(made):
     same(write(sampler), new)
 
 
+@pytest.mark.slow
 def test_weights_come_from_any_mesh(plain):
     prog, params, _ = make(devices=8, fsdp=4, tensor=2)
     other = make(devices=8, data=2, tensor=2, fsdp=2)[2]
@@ -215,3 +221,50 @@ def test_weights_come_from_any_mesh(plain):
 def test_what_cannot_be_sampled_is_said(made, change, says):
     with pytest.raises(UserError, match=says):
         write(made[2], **change)
+
+
+class Outside:
+    """An engine that does as the sampler does, but for one fault."""
+
+    def __init__(self, sampler, fault=lambda one, cfg: one):
+        self.sampler, self.fault = sampler, fault
+
+    def load(self, params):
+        self.sampler.load(params)
+
+    def sample(self, prompts, *, cfg, **more):
+        return self.fault(self.sampler.sample(prompts, cfg=cfg, **more), cfg)
+
+
+def at_temperature_one(sampler):
+    return lambda one, cfg: dataclasses.replace(one, logp_BR=sampler.score(one, 1.0))
+
+
+def drops_the_end(one, cfg):
+    return dataclasses.replace(one, length_B=one.length_B - one.ended_B, ended_B=np.zeros_like(one.ended_B))
+
+
+def another_token(one, cfg):
+    if cfg.temperature:
+        return one
+    token_BS = one.token_BS.copy()
+    token_BS[2, P] = 30 if token_BS[2, P] != 30 else 31
+    return dataclasses.replace(one, token_BS=token_BS)
+
+
+@pytest.mark.slow
+def test_an_outside_engine_is_checked_token_by_token(made):
+    sampler = made[2]
+    how = dict(n=N, cfg=CFG, seeds=SEEDS, prompt_slots=P, response_slots=R, stop_ids=ENDS[1:])
+    scored = lambda one, cfg: dataclasses.replace(another_token(one, cfg), logp_BR=sampler.score(another_token(one, cfg), cfg.temperature))  # noqa: E731
+    for fault, says in (
+        (lambda one, cfg: one, None), (at_temperature_one(sampler), "temperature 0.7, sample 1, token 1 "),
+        (drops_the_end, "without an end token"), (another_token, r"greedy, sample 3, token 1 \(id 3[01]\): log-probability"),
+        (scored, r"greedy, sample 3, token 1: id 3[01] at log-probability -[\d.]+, should be id \d+ at -"),
+        (lambda one, cfg: dataclasses.replace(one, first_B=one.first_B - 1), "greedy, sample 1: its prompt is"),
+    ):
+        found = check_against(Outside(sampler, fault), sampler, PROMPTS, **how)
+        assert found is None if says is None else re.search(says, found), found
+    older = make()[2]
+    older.load(jax.tree.map(lambda x: 1.01 * x, made[1]))
+    assert "log-probability" in check_against(Outside(older), sampler, PROMPTS, **how)
