@@ -304,7 +304,7 @@ def rule(code, name: str, **settings) -> RewardRule:
     return RewardRule(kind="python", function=f"{code}:{name}", **{"timeout": 30.0, "on_error": -1.0} | settings)
 
 
-SHORT = {"timeout": 1.6, "sample_timeout": 0.8}  # for code that never ends; what ends has to be done within it on a busy machine
+SHORT = {"timeout": 3.0, "sample_timeout": 0.8}  # for code that never ends; what ends has to be done within it on a busy machine
 
 
 BATCH = [sample("fine", answer=1), sample("bad", prompt="a prompt that is too long to be shown as a whole in one line of a log"), sample("fine", answer=3)]
