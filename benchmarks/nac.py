@@ -137,7 +137,8 @@ def run(task, mesh, graph, reference, args, seed: int, folder: str) -> dict:
         "tokens": lines[-1]["tokens"], "iteration_s": float(np.median([x["step_s"] for x in later])),
         "first_iteration_s": lines[0]["step_s"],
         "rollout_tokens_per_s": float(np.median([x["rollout_tokens_per_s"] for x in later])),
-        "update_tokens_per_s": float(np.median([x["response_tokens"] * n * cfg.rollout.samples * cfg.train.epochs / x["update_s"]
+        "update_tokens_per_s": float(np.median([x["response_tokens"] * n * cfg.rollout.samples * cfg.train.epochs
+                                                / x["update_s"]
                                                 for x in later])),
         "gap": max(x["sampler_gap"] for x in lines)}
 
