@@ -99,20 +99,21 @@ def settings(task, args, seed: int, folder: str) -> RLHFConfig:
         train=RLTrainConfig(iterations=iterations, epochs=2 if ppo else 1, minibatches=4 if ppo else 1, eval_every=0,
                             sample_every=0),
         optim=OptimConfig(lr=args.lr or (3e-4 if ppo else 1e-3), eps=1e-5 if ppo else 1e-8, b2=0.999, weight_decay=0.0,
-                          schedule="constant", clip=1.0),
+                          schedule=args.schedule, final=0.0, clip=1.0),
         checkpoint=CheckpointConfig(every=10**6))
 
 
 def run(task, mesh, graph, reference, args, seed: int, folder: str) -> dict:
     cfg = settings(task, args, seed, folder)
     reading = Reading(np.dtype(np.float32), task.PROMPT_LEN, task.VOCAB, 1.0, 128)
-    start, optimizers = {"policy": reference}, {"policy": make_optimizer(cfg.optim, cfg.train.iterations)}
+    n_updates = cfg.train.iterations * cfg.train.epochs * cfg.train.minibatches
+    start, optimizers = {"policy": reference}, {"policy": make_optimizer(cfg.optim, n_updates)}
     critic_graph = None
     if args.algorithm == "ppo":
         critic_graph, abstract = structure(ScoreModel, model_of(task), mesh)
         start["critic"] = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), abstract)  # a head of zeros
         start["critic"]["trunk"] = reference["trunk"]
-        optimizers["critic"] = make_optimizer(cfg.optim, cfg.train.iterations)
+        optimizers["critic"] = make_optimizer(cfg.optim, n_updates)
     program = build_rl(cfg, Models(graph, critic_graph), start, reading, algorithm(cfg), optimizers, mesh)
     sampler = Sampler(graph, model_of(task), mesh, eos_id=task.EOS, pad_id=task.PAD, vocab_size=task.VOCAB)
     stream = [Prompt(f"{a}+{b}=", task.prompt_ids(a, b), {"a": a, "b": b}) for a, b in task.rl_prompts(seed)]
@@ -176,6 +177,7 @@ def main() -> None:
     p.add_argument("--iterations", type=int)
     p.add_argument("--beta", type=float)
     p.add_argument("--lr", type=float)
+    p.add_argument("--schedule", default="linear", help="of the learning rate: linear (to 0), or constant")
     p.add_argument("--json")
     args = p.parse_args()
     task, mesh, results = load_task(args.task), make_mesh(MeshConfig(data=1), jax.devices()[:1]), []
