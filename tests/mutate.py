@@ -113,7 +113,7 @@ FAULTS = [
     Fault("norms decay", "jaxllm/train/optim.py", 'return var.replace(not {"norm", "balance"} & set(var.axes) and', 'return var.replace(True and',
           "tests/test_optim.py -k decay"),
     Fault("cosine ends at zero", "jaxllm/train/schedules.py", "peak * (final + (1 - final) * 0.5 *", "peak * (0.5 *", "tests/test_optim.py -k cosine"),
-    Fault("warm-up starts at zero", "jaxllm/train/schedules.py", "peak * (step + 1) / max(warmup, 1)", "peak * step / max(warmup, 1)",
+    Fault("warm-up starts at zero", "jaxllm/train/schedules.py", "(step if start else step + 1)", "step",
           "tests/test_optim.py -k closed_form"),
     Fault("the plateau's floor is ignored", "jaxllm/train/optim.py", ", min_scale=cfg.final)", ")", "tests/test_optim.py -k plateau"),
     Fault("dropout's key is the same in evaluation", "jaxllm/model/layers.py", "if key is None or rate == 0:", "if rate == 0:",
@@ -579,6 +579,19 @@ FAULTS += [  # instruction data
           "", "tests/test_instruction_input.py -k of_pretraining"),
     Fault("the longest example that fits is dropped", "jaxllm/data/instruction_encoding.py", 'self.cfg.seq_len + 1, ""',
           'self.cfg.seq_len, ""', "tests/test_instruction_input.py -k too_long"),
+]
+
+FAULTS += [  # RLHF's compiled steps
+    Fault("the trainer forgets the temperature", "jaxllm/train/loss.py", "_logits(x_BCD, head_DV) / temperature", "_logits(x_BCD, head_DV)",
+          "tests/test_rlhf.py -k sampling_temperature"),
+    Fault("the reference is the policy", "jaxllm/align/rl_program.py", "response_logps(models.policy, reading, reference, batch)",
+          "response_logps(models.policy, reading, state.params, batch)", "tests/test_rlhf.py -k sampling_temperature"),
+    Fault("padding in front counts as positions", "jaxllm/align/update.py", "jnp.where(real_BS, slot_S - first_B1, 0)",
+          "jnp.where(real_BS, slot_S, 0)", "tests/test_rlhf.py -k sampling_temperature"),
+    Fault("each micro-batch is divided by its own count", "jaxllm/align/update.py", "return total, (count, told)\n\n    def of_critic",
+          "return total / count, (jnp.ones(()), told)\n\n    def of_critic", "tests/test_rlhf.py -k 'micro_batches and dapo'"),
+    Fault("scores are cut before they are normalised", "jaxllm/align/rl_program.py", "score_B = normalised(score_B, moments)",
+          "score_B = normalised(jnp.clip(score_B, -1, 1), moments)", "tests/test_rlhf.py -k in_this_order"),
 ]
 
 FAULTS += [  # rewards and environments

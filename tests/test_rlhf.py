@@ -126,6 +126,30 @@ def test_every_algorithm_moves_the_policy(name, on_one_device):
     assert toy.worst(state.params, before)[0] > 1e-5 and all(np.isfinite(list(m.values())).all() for m in found)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_read_is_the_softmax_at_the_sampling_temperature_of_the_right_model(temperature):
+    """The reference's log-probabilities against a pass over each row alone, without padding, softmax written out."""
+    cfg, given = settings("ppo", rollout=RolloutConfig(prompts=B, response_len=R, temperature=temperature)), responses()
+    prog = program_of(cfg)
+    graph = structure(LanguageModel, toy.MODEL, prog.mesh)[0]
+    with jax.set_mesh(prog.mesh):
+        state = prog.init()
+        reference = jax.tree.map(lambda x: x * 1.05, state.params)
+        batch, _, told = prog.read(state, reference, given)
+        model, kls = nnx.merge(graph, reference), []
+        for b in range(4):
+            first, n = int(given["first_B"][b]), int(given["length_B"][b])
+            row = given["token_BS"][b : b + 1, first : P + n]
+            x_TD = np.asarray(model.hidden(row, np.arange(row.shape[1], dtype=np.int32)[None]))[0]
+            logit_TV = (x_TD @ np.asarray(model.head_DV()))[:, : toy.MODEL.vocab_size - 2] / temperature
+            logp_TV = logit_TV - np.log(np.exp(logit_TV).sum(axis=1, keepdims=True))
+            expected = [logp_TV[P - first - 1 + t, row[0, P - first + t]] for t in range(n)]
+            np.testing.assert_allclose(batch["ref_logp_BR"][b, :n], expected, atol=2e-5)
+            kls.append(given["logp_BR"][b, :n].sum() - sum(expected))
+    every = given["logp_BR"].sum(axis=1) - (np.asarray(batch["ref_logp_BR"]) * given["action_BR"]).sum(axis=1)
+    assert float(told["kl"]) == pytest.approx(every.mean(), rel=1e-4) and every[:4] == pytest.approx(kls, rel=1e-4)
+
+
 def test_slots_that_no_response_fills_are_left_out_and_change_nothing():
     cfg, given = settings("ppo"), responses()
     given["length_B"] = np.minimum(given["length_B"], 7).astype(np.int32)

@@ -128,7 +128,7 @@ def _collected(loop: Loop, params, step: int):
     arrays, _, scored = _sampled(loop, loop.prompts(step - 1), step, 0)
     if cfg.algorithm == "dapo":
         arrays, scored = _informative(loop, step, arrays, scored)
-    for incident in scored.incidents[:5]:
+    for incident in scored.incidents:
         loop.log.incident(step, "reward", str(incident))
     told = {f"reward_{name}": float(np.mean(part_B)) for name, part_B in scored.part_B.items()}
     return arrays | {"score_B": scored.score_B}, told
@@ -265,7 +265,8 @@ def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, stopping: b
         for one in _written(loop, loop.held_out[:SHOWN], 1, how, [cfg.run.seed, 3])[1]:  # the same ones, before and after
             loop.log.sample(step, one.prompt, one.response)
     if not first and (finished or stopping or step % cfg.checkpoint.every == 0):
-        position = {"step": step, "made_of": loop.made_of, "tokens": tokens, "errors": loop.errors or {}}
+        position = {"step": step, "made_of": loop.made_of, "tokens": tokens, "errors": loop.errors or {},
+                    "episode_errors": loop.player.errors if loop.player else 0}
         loop.checkpoints.save(step, state, position)
 
 

@@ -95,6 +95,8 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
             state, at, incidents = restore_or_init(program, checkpoints, made_of)
             position = checkpoints.position(at) if at else {}
             rewards.errors |= position.get("errors", {})
+            if player is not None:
+                player.errors = position.get("episode_errors", 0)
             with RunLog(folder, steps=cfg.train.iterations, start=at, tensorboard=cfg.log.tensorboard) as log:
                 for step, kind, message in incidents:
                     log.incident(step, kind, message)

@@ -48,7 +48,10 @@ def behind(response: str, separator: str) -> str | None:
 def matching(response: str, pattern: str) -> str | None:
     """Returns the first group, or all, of a regular expression's last match; None without one."""
     found = list(re.finditer(pattern, response))
-    return (found[-1][1] if found[-1].re.groups else found[-1][0]).strip() if found else None
+    if not found:
+        return None
+    first = found[-1][1] if found[-1].re.groups else None
+    return (found[-1][0] if first is None else first).strip()  # all of it where the group took no part
 
 
 def same_answer(answer: str | None, wanted: str) -> bool:
