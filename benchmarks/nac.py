@@ -98,7 +98,7 @@ def settings(task, args, seed: int, folder: str) -> RLHFConfig:
         ppo=PPOConfig(value_coef=0.1),
         train=RLTrainConfig(iterations=iterations, epochs=2 if ppo else 1, minibatches=4 if ppo else 1, eval_every=0,
                             sample_every=0),
-        optim=OptimConfig(lr=args.lr or (3e-4 if ppo else 1e-3), eps=1e-5 if ppo else 1e-8, b2=0.999, weight_decay=0.0,
+        optim=OptimConfig(lr=args.lr or (3e-4 if ppo else 1e-3), eps=1e-5, b2=0.999, weight_decay=0.0,
                           schedule=args.schedule, final=0.0, clip=1.0),
         checkpoint=CheckpointConfig(every=10**6))
 
