@@ -446,10 +446,12 @@ def serving(app):
     server = make_server(app, 0)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield server.server_address[1]
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server.server_address[1]
+    finally:  # a test that fails would wait for the thread for ever
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_only_this_machines_page_is_answered(tmp_path):
