@@ -4,7 +4,8 @@
 
 Each side has a process of its own and they run in turn, on the same weights: 1.06 M parameters, 4 layers of width 128, a
 vocabulary of 32. `theirs` needs torch and transformers, in the Python that --python names. Prompts have 7 tokens. With
---ends a response ends at an end token, else all have the same length. Prints tokens written a second by best and median.
+--ends a response ends at an end token, else all have the same length. Prints tokens written a second by best and median, and by processor
+time, which other work on the machine changes less (for torch, with --threads=1).
 """
 
 import argparse
@@ -51,15 +52,16 @@ def main() -> None:
         runs = {name: [] for name in sides}
         for i in range(args.rounds + 1):
             for name, side in sides.items():
-                tokens, seconds = side.ask(i)
+                found = side.ask(i)
                 if i:  # the first compiles and warms up
-                    runs[name].append((tokens, seconds))
+                    runs[name].append(found)
         for side in sides.values():
             side.close()
-    rates = {name: [tokens / seconds for tokens, seconds in found] for name, found in runs.items()}
+    rates = {name: [tokens / seconds for tokens, seconds, _ in found] for name, found in runs.items()}
     for name, found in rates.items():
         print(f"{name:8s} best {max(found):9.0f}  median {statistics.median(found):9.0f} tok/s  "
-              f"{np.mean([tokens for tokens, _ in runs[name]]):.0f} tokens a run")
+              f"{max(tokens / busy for tokens, _, busy in runs[name]):.0f} a second of processor time  "
+              f"{np.mean([tokens for tokens, *_ in runs[name]]):.0f} tokens a run")
     for name in list(rates)[1:]:
         ratio = statistics.median(a / b for a, b in zip(rates["sampler"], rates[name], strict=True))
         print(f"sampler against {name}: best {max(rates['sampler']) / max(rates[name]):.2f}, median {ratio:.2f}; "
@@ -75,7 +77,7 @@ class Side:
                    *(f"--{key}={getattr(args, key)}" for key in values), *(["--ends"] if args.ends else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, seed: int) -> tuple[int, float]:
+    def ask(self, seed: int) -> tuple[int, float, float]:
         self.process.stdin.write(f"{seed}\n")
         self.process.stdin.flush()
         while (line := self.process.stdout.readline()) and not line.startswith("["):
@@ -91,9 +93,9 @@ class Side:
 
 def serve(write) -> None:
     for line in sys.stdin:
-        began = time.perf_counter()
-        tokens = write(int(line))
-        print(json.dumps([int(tokens), time.perf_counter() - began]), flush=True)
+        began, busy = time.perf_counter(), time.process_time()
+        tokens = int(write(int(line)))
+        print(json.dumps([tokens, time.perf_counter() - began, time.process_time() - busy]), flush=True)
 
 
 def weights() -> dict[str, np.ndarray]:
