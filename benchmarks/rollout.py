@@ -4,8 +4,8 @@
 
 Each side has a process of its own and they run in turn, on the same weights: 1.06 M parameters, 4 layers of width 128, a
 vocabulary of 32. `theirs` needs torch and transformers, in the Python that --python names. Prompts have 7 tokens. With
---ends a response ends at an end token, else all have the same length. Prints tokens written a second by best and median, and by processor
-time, which other work on the machine changes less (for torch, with --threads=1).
+--ends a response ends at an end token, else all have the same length. Prints tokens written a second by best and median,
+and by processor time, which other work on the machine changes less (for torch, with --threads=1).
 """
 
 import argparse
