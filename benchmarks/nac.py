@@ -1,6 +1,6 @@
 """RLHF on "noisy addition with a chain of thought": sample efficiency, final accuracy, distance from the reference, speed.
 
-    python benchmarks/nac.py --task=PATH/nac_task.py --algorithm=ppo --seeds=3 [--json=FILE]
+    python benchmarks/nac.py --task=PATH/nac_task.py --algorithm=ppo,grpo --seeds=3 [--json=FILE]
 
 The task file tells the model's size, demonstrations, the reward and its oracles: a perfect fit to the demonstrations scores P0
 when sampled, and a policy of score r is at least frontier_kl(r) nats a response away from it. Settings are those of the
@@ -172,7 +172,7 @@ def held_out(task, sampler, program, params, reference, graph, reading, mesh, re
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", required=True)
-    p.add_argument("--algorithm", default="ppo")
+    p.add_argument("--algorithm", default="ppo,grpo", help="one or more, each from the same SFT model")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--iterations", type=int)
     p.add_argument("--beta", type=float)
@@ -184,15 +184,17 @@ def main() -> None:
     floor = task.entropy_floor()
     for seed in range(args.seeds):
         graph, reference, loss, took = sft(task, mesh, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            found = run(task, mesh, graph, reference, args, seed, folder)
-        optimum = None
-        if args.beta:
-            gain = task.P0 * math.exp(1 / args.beta)
-            optimum = gain / (gain + 1 - task.P0)
-        results.append({"seed": seed, "sft_loss": loss, "sft_over_floor": loss / (floor[0] / floor[1]), "sft_s": took, **found,
-                        "optimum": optimum})
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}), flush=True)
+        for name in args.algorithm.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                one = argparse.Namespace(**vars(args) | {"algorithm": name})
+                found = run(task, mesh, graph, reference, one, seed, folder)
+            optimum = None
+            if args.beta:  # of E[score] - beta KL: the reference's odds of a right answer times e^(1 / beta)
+                gain = task.P0 * math.exp(1 / args.beta)
+                optimum = gain / (gain + 1 - task.P0)
+            results.append({"algorithm": name, "seed": seed, "sft_over_floor": loss / (floor[0] / floor[1]), "sft_s": took,
+                            **found, "optimum": optimum})
+            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}), flush=True)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps({"args": vars(args), "runs": results}, indent=1) + "\n")
 
