@@ -81,7 +81,7 @@ def without_critic(cfg: RLHFConfig) -> Algorithm:
                 score_B = score_B + grpo.overlong_punishment(batch["length_B"], max_length=cfg.rollout.response_len,
                                                              cache=cfg.group.overlong)
             compared = {"grpo": grpo.group_normalised, "dapo": grpo.group_normalised, "gspo": grpo.group_normalised,
-                        "dr_grpo": grpo.group_centred, "rloo": grpo.leave_one_out}[name]
+                        "dr_grpo": grpo.group_centred, "rloo": grpo.leave_one_out, "expert_iteration": best_rows_alone}[name]
             advantage_BR = grpo.on_tokens(compared(score_B, group_size=size), action_BR)
         told = {}
         if size > 1:
@@ -101,10 +101,26 @@ def without_critic(cfg: RLHFConfig) -> Algorithm:
             "gspo": lambda: grpo.gspo_token_loss(*common, **clips, penalty_BR=penalty_BR),
             "rloo": lambda: grpo.reinforce_loss(logp_BR, advantage_BR, action_BR, penalty_BR=penalty_BR),
             "reinforce_pp": lambda: ppo.policy_loss(*common, **clips),
+            "expert_iteration": lambda: imitation_loss(logp_BR, advantage_BR, action_BR, penalty_BR),
         }[name]()
         return found, _told(logp_BR, entropy_BR, part, clip_low, clip_high)
 
     return Algorithm(prepare, Losses(policy, None))
+
+
+def best_rows_alone(score_B, *, group_size: int):
+    """Returns 1 for each prompt's best response, the first of equals, and 0 for all others, and where none is better than
+    another: rejection sampling (Dong et al. 2023, RAFT)."""
+    score_PG = score_B.reshape(-1, group_size)
+    best_PG = jnp.arange(group_size)[None] == jnp.argmax(score_PG, axis=1)[:, None]
+    informative_PG = grpo.keep_informative(score_B, group_size=group_size).reshape(-1, group_size)
+    return (best_PG & informative_PG).astype(jnp.float32).reshape(-1)
+
+
+def imitation_loss(logp_BR, chosen_BR, action_BR, penalty_BR):
+    """Returns (-Σ log-probability of the chosen responses' tokens, their number), the penalty added at each."""
+    total, _ = ppo.summed(chosen_BR * (penalty_BR - logp_BR), action_BR)
+    return total, ppo.summed(chosen_BR, action_BR)[0]
 
 
 def _corrected(cfg: RLHFConfig, batch, advantage_BR):

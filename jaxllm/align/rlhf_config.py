@@ -101,7 +101,7 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """The algorithms without a critic: grpo, dr_grpo, dapo, gspo, rloo, reinforce_pp."""
+    """The algorithms without a critic: grpo, dr_grpo, dapo, gspo, rloo, reinforce_pp, expert_iteration."""
 
     clip_low: float | None = None  # null: the algorithm's paper's (0.2; gspo 3e-4)
     clip_high: float | None = None  # null: the algorithm's paper's (0.2; dapo 0.28; gspo 4e-4)
@@ -171,16 +171,17 @@ class RLTrainConfig:
                              f"{self.sample_every}: should be in [0, 1), and 0 or more")
 
 
-ALGORITHMS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp")
-COMPARING = ("grpo", "dr_grpo", "dapo", "gspo", "rloo")  # compare the responses of a prompt with each other
+ALGORITHMS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "expert_iteration")
+COMPARING = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "expert_iteration")  # compare the responses of a prompt with each other
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLHFConfig:
     run: RunConfig = field(default_factory=RunConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
-    # ppo: with a critic; the others compare responses: of one prompt, or (reinforce_pp) of the whole batch
-    algorithm: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"] = "ppo"
+    # ppo: with a critic; the others compare responses: of one prompt, or (reinforce_pp) of the whole batch; expert_iteration
+    # imitates each prompt's best response
+    algorithm: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "expert_iteration"] = "ppo"
     model: ModelConfig = field(default_factory=ModelConfig)  # taken from the base run
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: RLDataConfig = field(default_factory=RLDataConfig)

@@ -91,7 +91,7 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
         with Checkpoints(folder, cfg.checkpoint) as checkpoints, \
                 Rewards(cfg.rewards, models=models, output=folder / "rewards") as rewards, \
                 playing(cfg, folder, tokenizer, chat) as player:
-            made_of = {name: len(prompts.train) for name in cfg.prompts.sources}
+            made_of = prompts.made_of
             state, at, incidents = restore_or_init(program, checkpoints, made_of)
             position = checkpoints.position(at) if at else {}
             rewards.errors |= position.get("errors", {})
