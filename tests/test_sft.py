@@ -1,6 +1,8 @@
 """Instruction tuning: what is minimised, what is trained, and runs that stop, go on and say what is wrong."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -176,7 +178,7 @@ def test_no_noise_without_a_key(tmp_path, weights, plain):
 def base(tmp_path_factory):
     """A folder with a pretrained model in `run`, and the config of an sft run of 24 steps that starts from it."""
     folder = tmp_path_factory.mktemp("base")
-    code, text = runs.finish(runs.start("pretrain", runs.config(folder)))
+    code, text = command("pretrain", runs.config(folder))
     assert code == 0, text
     tree = {
         "run": {"dir": str(folder / "sft")}, "base": {"run": str(folder / "run")},
@@ -189,8 +191,22 @@ def base(tmp_path_factory):
     return folder
 
 
+def command(*words) -> tuple[int, str]:
+    """Runs a command line in this process, on its eight devices; returns (exit code, what it said)."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = cli.main([str(word) for word in words])
+    return code, said.getvalue()
+
+
 def tune(base, folder, *flags):
-    return runs.finish(runs.start("sft", base / "sft.yaml", f"--run.dir={folder}", *flags))
+    return command("sft", base / "sft.yaml", f"--run.dir={folder}", *flags)
+
+
+def arrays(folder) -> dict[str, str]:
+    """Returns a SHA-256 of every array of a run."""
+    assert command("inspect", folder, "--digest", f"--json={folder}/digest.json")[0] == 0
+    return json.loads((folder / "digest.json").read_text())["digest"]
 
 
 def losses(folder) -> list[float]:
@@ -216,22 +232,38 @@ def test_a_run_learns_and_says_what_it_does(straight):
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_is_never_killed(base, straight, tmp_path):
-    """At ends that a kill and a signal find; parameters, moments, order and every logged loss."""
-    folder, killed = straight[0], tmp_path / "sft"
-    for end in (signal.SIGKILL, signal.SIGTERM):
-        seen = len(losses(killed)) if (killed / "metrics.jsonl").exists() else 0
-        process = runs.start("sft", base / "sft.yaml", f"--run.dir={killed}")
-        runs.wait_for(lambda n=seen: (killed / "metrics.jsonl").exists() and len((killed / "metrics.jsonl").read_text().split("\n")) > n + 5)
-        os.killpg(process.pid, end)
-        process.communicate()
-    shutil.move(base / "run", base / "moved")  # whole weights: the base is not needed any more
+def test_stopped_and_gone_on_with_is_never_stopped(base, straight, tmp_path):
+    """Parameters, moments, order and every logged loss; whole weights do not need the base once the run has begun."""
+    folder, stopped = straight[0], tmp_path / "sft"
+    assert tune(base, stopped, "--train.steps=10")[0] == 0
+    shutil.move(base / "run", base / "moved")
     try:
-        code, text = tune(base, killed)
+        code, text = tune(base, stopped)
     finally:
         shutil.move(base / "moved", base / "run")
     assert code == 0, text
-    assert runs.digest(folder) == runs.digest(killed)
+    assert arrays(folder) == arrays(stopped)
+    at_end_of_first = [line for line in runs.lines(stopped / "metrics.jsonl", *runs.NUMBERS) if not (line["step"] == 10 and "eval_loss" in line)]
+    assert runs.lines(folder / "metrics.jsonl", *runs.NUMBERS) == at_end_of_first
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_is_never_killed(base, tmp_path):
+    """In processes of their own, at ends that a kill and a signal find."""
+    def started(folder):
+        return runs.start("sft", base / "sft.yaml", f"--run.dir={folder}", "--train.sample_every=0", devices=8)
+
+    folder, killed = tmp_path / "straight", tmp_path / "killed"
+    code, text = runs.finish(started(folder))
+    assert code == 0, text
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        seen, process = len(losses(killed)) if (killed / "metrics.jsonl").exists() else 0, started(killed)
+        runs.wait_for(lambda n=seen: (killed / "metrics.jsonl").exists() and len((killed / "metrics.jsonl").read_text().split("\n")) > n + 4)
+        os.killpg(process.pid, end)
+        process.communicate()
+    code, text = runs.finish(started(killed))
+    assert code == 0, text
+    assert arrays(folder) == arrays(killed)
     assert runs.lines(folder / "metrics.jsonl", *runs.NUMBERS) == runs.lines(killed / "metrics.jsonl", *runs.NUMBERS)
 
 
@@ -247,9 +279,9 @@ def test_adapters_noise_and_pretraining_rows_in_a_run(base, tmp_path):
     assert code == 0 and "finished: step" in text and "raise train.epochs" in text
     code, again = tune(base, tmp_path / "lora", *[f for f in flags if "epochs" not in f], "--train.epochs=3")
     assert code == 0 and "finished: step" in again
-    one, two = (runs.digest(base / "run"), runs.digest(tmp_path / "lora"))
-    assert not one.keys() & {k for k in two if ".a" in k} and any(k.endswith(".a") for k in two)
-    code, text = runs.finish(runs.start("generate", tmp_path / "lora", "--prompt=a", "--sample.max_tokens=4"))
+    trained = {name for name in arrays(tmp_path / "lora") if name.startswith("params")}
+    assert trained and all(name.endswith((".a", ".b")) for name in trained)
+    code, text = command("generate", tmp_path / "lora", "--prompt=a", "--sample.max_tokens=4")
     assert code == 0, text
 
 
@@ -306,7 +338,7 @@ def test_a_template_that_is_a_file_is_kept_in_the_run(base, tmp_path):
     file.unlink()
     code, text = tune(base, tmp_path / "sft", *flags, "--train.steps=4")
     assert code == 0 and "finished: step 4" in text, text
-    code, text = runs.finish(runs.start("generate", tmp_path / "sft", "--prompt=a", "--sample.max_tokens=4"))
+    code, text = command("generate", tmp_path / "sft", "--prompt=a", "--sample.max_tokens=4")
     assert code == 0, text
 
 

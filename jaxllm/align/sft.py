@@ -161,7 +161,8 @@ def _program(cfg: SFTConfig, mesh, steps: int, *, begun: bool):
                                  frozen=frozen, keyed=bool(cfg.train.noise or cfg.model.dropout))
     evaluate = jax.jit(partial(held_out_loss, objective, cfg.lora), out_shardings=replicated(mesh))
     program = dataclasses.replace(program, eval_step=lambda params, batch: evaluate(params, frozen, batch))
-    return program, lambda params: jax.jit(partial(whole, cfg.lora))(params, frozen) if cfg.lora.rank else params
+    of_adapters = jax.jit(partial(whole, cfg.lora))
+    return program, lambda params: of_adapters(params, frozen) if cfg.lora.rank else params
 
 
 def _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer, chat, prompts, steps):
