@@ -664,7 +664,7 @@ FAULTS += [  # rewards and environments
     Fault("an evaluation of instructions has noise", "jaxllm/align/sft_loss.py", "    if not noise or key is None:\n",
           "    key = jax.random.key(0) if key is None else key\n    if not noise:\n", "tests/test_sft.py -k no_noise_without"),
     Fault("a tuned model does not stop at its turn's end", "jaxllm/generate/text.py", "if self.end_id in tokens:",
-          "if self.tokenizer.eos_id in tokens:", "tests/test_sft.py -k speak_the_template"),
+          "if self.tokenizer.eos_id in tokens:", "tests/test_sft.py -k speaks_the_template"),
 ]
 
 

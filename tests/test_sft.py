@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import types
 from functools import partial
 
 import jax
@@ -21,12 +22,14 @@ import yaml
 from jaxllm import cli, config
 from jaxllm.align.sft_config import PretrainingMix, SFTConfig, SFTTrain
 from jaxllm.align.sft_loss import held_out_loss, lengths, noisy, sft_loss
+from jaxllm.data.chat import load_chat
 from jaxllm.data.instruction_config import InstructionData, InstructionSource
 from jaxllm.data.instruction_input import InstructionInput, prepare
 from jaxllm.data.instruction_packing import empty_batch
 from jaxllm.data.tokenizer import ByteTokenizer
 from jaxllm.errors import UserError
 from jaxllm.generate import chat
+from jaxllm.generate.config import SampleConfig
 from jaxllm.mesh import MeshConfig
 from jaxllm.model.config import LoRAConfig
 from jaxllm.model.heads import LanguageModel
@@ -286,7 +289,7 @@ def test_adapters_noise_and_pretraining_rows_in_a_run(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_generate_and_chat_speak_the_template(straight, monkeypatch, capsys):
+def test_generate_speaks_the_template(straight, capsys):
     folder, _ = straight
     flags = ["--sample.max_tokens=12", "--sample.temperature=0"]
     assert cli.main(["generate", str(folder), "--prompt=1 0?", *flags, "--json=-"]) == 0
@@ -296,13 +299,24 @@ def test_generate_and_chat_speak_the_template(straight, monkeypatch, capsys):
     assert made["text"].replace("yes", "") == ""
     assert cli.main(["generate", str(folder), "--prompt=1 0?", *flags, "--chat=false", "--json=-"]) == 0
     assert json.loads(capsys.readouterr().out)["continuations"][0]["tokens"] != made["tokens"]
-    said = iter(["1 0?", "/system Be kind.", "2 0?", *["and now a long one?"] * 4, "/bogus", "x" * 80, "/reset", "1 0?"])
-    asked = []
-    real = chat.written
 
-    def written(engine, ids, sample):
-        asked.append(engine.tokenizer.decode(ids))
-        return real(engine, ids, sample)
+
+class Yes:
+    """An engine that answers "yes", and keeps what it was asked."""
+
+    tokenizer, cfg = ByteTokenizer(), types.SimpleNamespace(max_seq_len=64)
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, sample, on_text):
+        self.asked.append(self.tokenizer.decode(prompts[0]))
+        on_text(0, "yes")
+
+
+def test_a_conversation_in_the_terminal(monkeypatch, capsys):
+    said = iter(["1 0?", "/system Be kind.", "2 0?", *["and now a long one?"] * 4, "/bogus", "x" * 80, "/set temperature=0", "/reset",
+                 "1 0?", "/system", "bye"])
 
     def say(prompt=""):
         try:
@@ -310,14 +324,17 @@ def test_generate_and_chat_speak_the_template(straight, monkeypatch, capsys):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr(chat, "written", written)
+    engine = Yes()
     monkeypatch.setattr("builtins.input", say)
-    assert cli.main(["chat", str(folder), *flags]) == 0
+    chat.talk(engine, load_chat("own", engine.tokenizer), SampleConfig(max_tokens=12))
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == made["text"] and "unknown /bogus" in out
-    assert any(line.startswith("the message has ") and line.endswith("the model reads fewer than 64") for line in out)
-    assert asked[0] == "1 0?" and asked[1] == "Be kind.2 0?" and asked[2].startswith("Be kind.2 0?") and asked[-1] == "Be kind.1 0?"
-    assert asked[-2].startswith("Be kind.and now")  # the first turns went, the system's message stayed
+    assert out[0] == "yes" and "unknown /bogus" in out and any("/system TEXT" in line for line in out)
+    assert "the message has 94 tokens with its template; the model reads fewer than 64" in out
+    long = "and now a long one?"
+    assert engine.asked == [
+        "1 0?", "Be kind.2 0?", f"Be kind.2 0?yes{long}",
+        *[f"Be kind.{long}"] * 3,  # the first turns went, the system's message stayed
+        "Be kind.1 0?", "bye"]
 
 
 @pytest.mark.slow
