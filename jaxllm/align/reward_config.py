@@ -16,8 +16,8 @@ class RewardVerb:
     model: ModelConfig = field(default_factory=ModelConfig)  # taken from the base run
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: PreferenceData = field(default_factory=PreferenceData)
-    # one pass over the comparisons: more of them overfit (Ouyang et al. 2022)
-    train: TuneConfig = field(default_factory=lambda: TuneConfig(epochs=1.0))
+    # without steps or epochs, one pass over the comparisons: more of them overfit (Ouyang et al. 2022)
+    train: TuneConfig = field(default_factory=TuneConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, weight_decay=0.0))
     unit_variance: bool = False  # scores are also divided by their deviation over the demonstrations
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
