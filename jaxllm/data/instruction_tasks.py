@@ -11,6 +11,7 @@ before it, rationale or not, inverted or not: each is drawn by (seed, pass over 
 """
 
 import dataclasses
+import functools
 import re
 
 from jaxllm.data.draws import draw, permutation, pick
@@ -70,7 +71,7 @@ class Task:
     between: str = "\n"  # between an exemplar's input and its target
     separator: str = "\n\n"  # behind an exemplar
 
-    @property
+    @functools.cached_property
     def fixed(self) -> bool:
         """Whether a row becomes the same example every time."""
         source, reasons = self.source, any(row.reasons for row in self.rows)
