@@ -92,10 +92,13 @@ def kept(shape: tuple[int, ...], *logical: str | None) -> list[tuple[str, ...]]:
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Returns `x` placed by its logical axes, on the mesh that `jax.set_mesh` chose; `x` itself where no axis is split."""
-    if not free_axes():
-        return x
+    return place(x, PartitionSpec(*(axes or None for axes in kept(x.shape, *logical)))) if free_axes() else x
+
+
+def place(x: jax.Array, by: PartitionSpec) -> jax.Array:
+    """Returns `x` placed by mesh axes, on the mesh that `jax.set_mesh` chose."""
     try:
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in kept(x.shape, *logical))))
+        return jax.lax.with_sharding_constraint(x, by)
     except NotImplementedError:  # jax 0.7 has no constraints where shard_map is manual over some axes: the compiler places
         if not jax.sharding.get_abstract_mesh().manual_axes:
             raise

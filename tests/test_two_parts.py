@@ -1,12 +1,14 @@
 """A layer's backward in two parts is the whole one, and neither part repeats what the other did."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 import toy
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxllm.parallel.two_parts import two_parts
 
@@ -74,3 +76,53 @@ def test_what_waits_is_each_matmuls_input_and_its_results_gradient(programs):
     D, F, qkv = MODEL.d_model, MODEL.d_ff, MODEL.d_model * 2  # 4 query heads, 2 keys, 2 values of a quarter of the width
     waits = [D, qkv, D, D, D, F, F, F, D]  # normed, of q k v; attended, of its sum; normed, of gate and up; gated, of the sum
     assert sorted(a.size for a in programs[0].operands) == sorted(4 * toy.T * width for width in waits)
+
+
+@pytest.fixture(scope="module", params=[{"fsdp": 2, "tensor": 2}, {"data": 2}], ids=str)
+def beside_stages(request):
+    """The same as one stage of two runs it, on devices that split its weights or its rows."""
+    sizes = request.param
+    n = math.prod(sizes.values())
+    mesh = toy.program(dataclasses.replace(MODEL, n_layers=2), devices=2 * n, stage=2, micro_batches=2, **sizes).mesh
+    layer, blocks, x_BTD, batch, g_BTD = setting(MODEL, "full")
+    found = []
+
+    def staged(fun, *args):
+        spec = PartitionSpec()
+        return jax.jit(jax.shard_map(fun, in_specs=spec, out_specs=spec, axis_names={"stage"}, check_vma=False)).lower(*args).compile()
+
+    def whole(blocks, x_BTD, g_BTD):
+        out, pull = jax.vjp(lambda blocks, x_BTD: layer(blocks, x_BTD, batch)[:2], blocks, x_BTD)
+        return out, pull((g_BTD, jnp.ones(())))
+
+    def by_input(blocks, x_BTD, g_BTD):
+        found.append(two_parts(layer, blocks, x_BTD, batch))
+        y_BTD, extra, _, kept = found[-1].forward(blocks, x_BTD, batch)
+        return (y_BTD, extra), found[-1].by_input(blocks, kept, batch, g_BTD)
+
+    with jax.set_mesh(mesh):
+        args = jax.device_put((blocks, x_BTD, g_BTD), jax.NamedSharding(mesh, PartitionSpec()))
+        programs = [staged(whole, *args), staged(by_input, *args)]
+        operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in found[0].operands]
+        programs.append(staged(lambda blocks, operands: found[0].by_weights(blocks, operands, batch), blocks, operands))
+    return found[0], args, programs, n
+
+
+def test_beside_stages_each_matmuls_gradient_of_its_weights_waits(beside_stages):
+    parts, args, (whole, by_input, by_weights), n = beside_stages
+    assert parts.early == [a.ndim == 2 for a in args[0]]  # the norms' gains alone
+    whole, by_input, by_weights = (p.cost_analysis()["flops"] for p in (whole, by_input, by_weights))
+    assert by_input + by_weights < 1.01 * whole
+    matmuls = 2 * 4 * toy.T * sum(a.size for a in args[0] if a.ndim > 2) / n
+    assert matmuls <= by_weights < 1.02 * matmuls  # what is over: sums over devices
+
+
+def test_beside_stages_both_parts_together_are_the_whole_backward(beside_stages):
+    parts, args, (whole, by_input, by_weights), _ = beside_stages
+    out, (d_blocks, dx_BTD) = whole(*args)
+    found_out, (found_dx, operands, early) = by_input(*args)
+    operands = jax.device_put(operands, by_weights.input_shardings[0][1])
+    early, late = iter(early), iter(by_weights(jax.device_put(args[0], by_weights.input_shardings[0][0]), operands))
+    found = [next(early) if own else next(late) for own in parts.early]
+    error, leaf = toy.worst([*found_out, found_dx, *found], [*out, dx_BTD, *d_blocks])
+    assert error < 1e-6, leaf

@@ -33,7 +33,7 @@ def stream() -> str:
 def columns(x_BTD, *weights: nnx.Param, form: Formulation) -> tuple[jax.Array, ...]:
     """Returns x_BTD @ w [D, …] for each weight: every device computes its own heads or features."""
     if not free_axes():
-        return tuple(dense(x_BTD, w[...], form.flatten) for w in weights)
+        return several(x_BTD, [w[...] for w in weights], form.flatten)
     x_axes = kept(x_BTD.shape, "batch", stream(), "act")
     seq = kept(x_BTD.shape, "batch", "seq", "act")[1]
     w_axes = [kept(w.shape, *w.axes) for w in weights]
@@ -41,7 +41,7 @@ def columns(x_BTD, *weights: nnx.Param, form: Formulation) -> tuple[jax.Array, .
     def local(x_BTD, *w_locals):
         x_BTD = gather(x_BTD, 1, x_axes[1][len(seq):], form.phases)
         whole = [gather(w, 0, axes[0], form.phases) for w, axes in zip(w_locals, w_axes, strict=True)]
-        return tuple(dense(x_BTD, w, form.flatten) for w in whole)
+        return several(x_BTD, whole, form.flatten)
 
     out_axes = tuple(placed([x_axes[0], seq, *axes[1:]]) for axes in w_axes)
     return on_parts(local, (placed(x_axes), *map(placed, w_axes)), out_axes)(x_BTD, *(w[...] for w in weights))
@@ -132,11 +132,16 @@ def spread_gains(stacked):
 
 def dense(x_BTD: jax.Array, w: jax.Array, flatten: bool) -> jax.Array:
     """Contracts the last axis of `x_BTD` with the first of `w`; returns [B, T, *w.shape[1:]]."""
+    return several(x_BTD, [w], flatten)[0]
+
+
+def several(x_BTD: jax.Array, weights, flatten: bool) -> tuple[jax.Array, ...]:
+    """Returns `dense` for each of the weights, from one array of inputs: what waits for the weights' gradients is one, too."""
     if not flatten:
-        return jax.lax.dot_general(x_BTD, w, (((2,), (0,)), ((), ())))
+        return tuple(jax.lax.dot_general(x_BTD, w, (((2,), (0,)), ((), ()))) for w in weights)
     B, T, D = x_BTD.shape
-    y_MO = x_BTD.reshape(B * T, D) @ w.reshape(D, -1)
-    return y_MO.reshape(B, T, *w.shape[1:])
+    x_MD = x_BTD.reshape(B * T, D)
+    return tuple((x_MD @ w.reshape(D, -1)).reshape(B, T, *w.shape[1:]) for w in weights)
 
 
 def on_parts(local, in_specs, out_specs):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxllm.parallel.schedule import Schedule
 from jaxllm.parallel.table import lower
 from jaxllm.parallel.two_parts import TwoParts, two_parts
-from jaxllm.partition import constrain
+from jaxllm.partition import constrain, place
 
 
 class Parts(NamedTuple):
@@ -66,6 +66,9 @@ def _run_table(parts, schedule, columns, shared, blocks, inputs, layered):
                           jax.tree.map(lambda a: a[0, 0, :1], layered))
         branches[2:] = _split_branches(parts, layer, shared, blank_BTD)
         operands = [jnp.zeros((table.w_slots, n, *a.shape), a.dtype) for a in layer.operands]
+        # As a layer hands them on, or every device would keep the others' too.
+        operands = [a if by is None else place(a, PartitionSpec(None, None, *by))
+                    for a, by in zip(operands, layer.places, strict=True)]
 
     def tick(carry, row):
         x_arrived, g_arrived, xs, gs, sums = carry

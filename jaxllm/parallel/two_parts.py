@@ -3,6 +3,10 @@ before waits for, and the gradients of its weights, which nobody waits for.
 
 Automatic differentiation gives one list of operations for both. What the input's gradient needs is the first part. What is
 left are the matmuls that give the gradients of the weights: their operands, made in the first part, are kept for the second.
+
+Where a mesh splits the weights, a matmul is a `shard_map` with its collectives (`jaxllm/model/split.py`), and its derivative
+one that gives both gradients. Such a one is cut by the same rule into two: what both need, as the sum over `tensor` of a
+gradient, is computed in the first alone and handed on; a weight's gradient is summed over the devices in the second.
 """
 
 import contextlib
@@ -12,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
+from jax.sharding import PartitionSpec
 
 MATMULS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated")
 CALLS = ("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat2")
@@ -27,6 +32,7 @@ class TwoParts(NamedTuple):
     by_weights: Callable  # (blocks, operands, *rest) -> gradients of the other leaves
     early: list[bool]  # for each leaf of blocks: its gradient comes with the first part
     operands: list[jax.ShapeDtypeStruct]
+    places: list[PartitionSpec | None]  # of operands: how the second part takes them, where that is written out
 
 
 def two_parts(layer: Callable, blocks: Any, x: Any, *rest: Any) -> TwoParts:
@@ -60,7 +66,9 @@ def two_parts(layer: Callable, blocks: Any, x: Any, *rest: Any) -> TwoParts:
         return d_x, *jax.tree.leaves(d_blocks)
 
     flat = _flat(jax.make_jaxpr(backward)([_shape(v) for v in (*args, *kept)], box["out"][0]))
-    cut = _cut(flat.jaxpr, len(args))
+    flat = _parted(flat)
+    given, (d_x, *d_blocks) = {*flat.jaxpr.constvars, *flat.jaxpr.invars[: len(args)]}, flat.jaxpr.outvars
+    cut = _cut(flat.jaxpr.eqns, given, [d_x], d_blocks)
 
     def run_forward(blocks, x, *rest):
         y, extra, *found = evaluate(first.jaxpr.eqns, _env(first, jax.tree.leaves((blocks, x, rest))),
@@ -70,9 +78,9 @@ def two_parts(layer: Callable, blocks: Any, x: Any, *rest: Any) -> TwoParts:
     def run_input(blocks, kept, *rest_and_d_y):
         *rest, d_y = rest_and_d_y
         env = _env(flat, [*jax.tree.leaves((blocks, tuple(rest))), *kept, d_y])
-        wanted = [flat.jaxpr.outvars[0], *cut.operands, *cut.early]
-        d_x, *found = evaluate(cut.by_input, env, wanted)
-        return d_x, found[: len(cut.operands)], found[len(cut.operands) :]
+        wanted = [d_x, *cut.operands, *cut.early]
+        dx, *found = evaluate(cut.by_input, env, wanted)
+        return dx, found[: len(cut.operands)], found[len(cut.operands) :]
 
     def run_weights(blocks, operands, *rest):
         env = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
@@ -80,7 +88,8 @@ def two_parts(layer: Callable, blocks: Any, x: Any, *rest: Any) -> TwoParts:
         env |= dict(zip(cut.operands, operands, strict=True))
         return evaluate(cut.by_weights, env, cut.late)
 
-    return TwoParts(run_forward, run_input, run_weights, cut.is_early, [_shape(v) for v in cut.operands])
+    return TwoParts(run_forward, run_input, run_weights, cut.is_early, [_shape(v) for v in cut.operands],
+                    [_placed(v, cut.by_weights) for v in cut.operands])
 
 
 class _Cut(NamedTuple):
@@ -92,23 +101,101 @@ class _Cut(NamedTuple):
     is_early: list[bool]
 
 
-def _cut(jaxpr, n_args: int) -> _Cut:
-    """Cuts the equations of a backward, whose first output is the input's gradient and whose others are the weights'."""
-    d_x, *d_blocks = jaxpr.outvars
-    first = _needed(jaxpr.eqns, [d_x])
+def _cut(eqns: Sequence, given: set, by_input: Sequence, by_weights: Sequence) -> _Cut:
+    """Cuts the equations of a backward, by the variables that hold the input's gradient and those that hold the weights'."""
+    first = _needed(eqns, by_input)
     late = set()  # variables that hang on a matmul which only the weights' gradients need
-    for k, eqn in enumerate(jaxpr.eqns):
-        if k not in first and (eqn.primitive.name in MATMULS or late.intersection(_reads(eqn))):
+    for k, eqn in enumerate(eqns):
+        if k not in first and (_multiplies(eqn) or late.intersection(_reads(eqn))):
             late.update(eqn.outvars)
-    is_early = [isinstance(v, Literal) or v not in late for v in d_blocks]
-    second = _needed(jaxpr.eqns, [v for v, early in zip(d_blocks, is_early, strict=True) if not early]) - first
-    second_eqns = [e for k, e in enumerate(jaxpr.eqns) if k in second and late.intersection(e.outvars)]
-    made, given = {v for e in second_eqns for v in e.outvars}, {*jaxpr.constvars, *jaxpr.invars[:n_args]}
-    operands, moves = _rooted(jaxpr.eqns, [v for e in second_eqns for v in _reads(e) if v not in made], given)
-    early = [v for v, own in zip(d_blocks, is_early, strict=True) if own]
-    first = _needed(jaxpr.eqns, [d_x, *operands, *early])
-    return _Cut([e for k, e in enumerate(jaxpr.eqns) if k in first], moves + second_eqns, operands, early,
-                [v for v, own in zip(d_blocks, is_early, strict=True) if not own], is_early)
+    is_early = [isinstance(v, Literal) or v not in late for v in by_weights]
+    early = [v for v, own in zip(by_weights, is_early, strict=True) if own]
+    out = [v for v, own in zip(by_weights, is_early, strict=True) if not own]
+    second = _needed(eqns, out) - first
+    second_eqns = [e for k, e in enumerate(eqns) if k in second and late.intersection(e.outvars)]
+    made = {v for e in second_eqns for v in e.outvars}
+    operands, moves = _rooted(eqns, [v for e in second_eqns for v in _reads(e) if v not in made], given)
+    first = _needed(eqns, [*by_input, *operands, *early])
+    return _Cut([e for k, e in enumerate(eqns) if k in first], moves + second_eqns, operands, early, out, is_early)
+
+
+def _multiplies(eqn) -> bool:
+    if eqn.primitive.name == "shard_map":
+        return any(map(_multiplies, eqn.params["jaxpr"].eqns))
+    return eqn.primitive.name in MATMULS
+
+
+def _parted(closed):
+    """Returns the same program with two shard_maps for each one that has outputs which the first output, the gradient of the
+    input, does not need."""
+    wanted, halves = {closed.jaxpr.outvars[0]}, {}
+    for k, eqn in reversed(list(enumerate(closed.jaxpr.eqns))):
+        needed = [v in wanted for v in eqn.outvars]
+        reads = _reads(eqn) if any(needed) else []
+        if eqn.primitive.name == "shard_map" and any(needed) and not all(needed):
+            inner = eqn.params["jaxpr"]
+            outs = [[v for v, own in zip(inner.outvars, needed, strict=True) if own is kind] for kind in (True, False)]
+            cut = _cut(inner.eqns, {*inner.invars, *inner.constvars}, *outs)
+            if cut.late:
+                is_early = iter(cut.is_early)
+                halves[k] = _Halves(cut, [own or next(is_early) for own in needed])
+                taken = _taken(cut.by_input, outs[0] + cut.early)
+                reads = [v for v, inside in zip(eqn.invars, inner.invars, strict=True) if inside in taken and v in reads]
+        wanted.update(reads)
+
+    def run(*args):
+        return evaluate(closed.jaxpr.eqns, _env(closed, args), closed.jaxpr.outvars, halves=halves)
+
+    return jax.make_jaxpr(run)(*map(_shape, closed.jaxpr.invars))
+
+
+class _Halves(NamedTuple):
+    cut: _Cut  # of what a shard_map holds
+    in_first: list[bool]  # for each of its outputs
+
+    def outputs(self, eqn, values: Sequence) -> list:
+        """Returns what the equation returns, from two shard_maps: the first hands the second what is no argument."""
+        inner, params, handed = eqn.params["jaxpr"], eqn.params, self.cut.operands
+        # Each device's own, side by side along the first axis.
+        own = PartitionSpec(tuple(a for a in params["mesh"].axis_names if a in _axes(params)))
+        specs = dict(zip(inner.invars, params["in_specs"], strict=True)) | dict.fromkeys(handed, own)
+        env, found = dict(zip(inner.invars, values, strict=True)), {}
+        for eqns, is_first in ((self.cut.by_input, True), (self.cut.by_weights, False)):
+            places = [k for k, first in enumerate(self.in_first) if first is is_first]
+            outs = [inner.outvars[k] for k in places] + handed * is_first
+            ins = _taken(eqns, outs)
+
+            def local(*args, eqns=eqns, outs=outs, ins=ins):
+                args = [a[0] if a.ndim > v.aval.ndim else a for a, v in zip(args, ins, strict=True)]
+                return [a if k < len(places) or a.ndim else a[None]  # noqa: B023 (called at once)
+                        for k, a in enumerate(evaluate(eqns, dict(zip(ins, args, strict=True)), outs))]
+
+            out_specs = [params["out_specs"][k] for k in places] + [own] * (len(outs) - len(places))
+            both = jax.shard_map(local, in_specs=tuple(specs[v] for v in ins), out_specs=out_specs, axis_names=_axes(params),
+                                 check_vma=params["check_vma"])(*(env[v] for v in ins))
+            found |= dict(zip(places, both, strict=False))
+            env |= dict(zip(outs[len(places):], both[len(places):], strict=True))
+        return [found[k] for k in range(len(inner.outvars))]
+
+
+def _axes(params: dict) -> frozenset:
+    """Returns the mesh axes that a shard_map runs over."""
+    return params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]  # jax 0.7
+
+
+def _taken(eqns: Sequence, outs: Sequence) -> list:
+    """Returns the variables that these equations, with these outputs, need from elsewhere."""
+    made = {v for e in eqns for v in e.outvars}
+    reads = [v for e in eqns for v in _reads(e)] + [v for v in outs if not isinstance(v, Literal)]
+    return list(dict.fromkeys(v for v in reads if v not in made))
+
+
+def _placed(v, eqns: Sequence) -> PartitionSpec | None:
+    """Returns how a shard_map takes this variable, None where none does."""
+    for eqn in eqns:
+        if eqn.primitive.name == "shard_map" and v in _reads(eqn):
+            return eqn.params["in_specs"][list(eqn.invars).index(v)]
+    return None
 
 
 def _rooted(eqns: Sequence, wanted: Sequence, given: set) -> tuple[list, list]:
@@ -157,13 +244,14 @@ def _flat(closed):
     return jax.make_jaxpr(run)(*map(_shape, closed.jaxpr.invars))
 
 
-def evaluate(eqns: Sequence, env: dict, wanted: Sequence, *, inline: bool = False) -> list:
-    """Returns variables after these equations; `inline` opens calls and loops of one round."""
+def evaluate(eqns: Sequence, env: dict, wanted: Sequence, *, inline: bool = False, halves: dict | None = None) -> list:
+    """Returns variables after these equations; `inline` opens calls and loops of one round, `halves` has, by their places,
+    those that become two."""
 
     def read(v):
         return v.val if isinstance(v, Literal) else env[v]
 
-    for eqn in eqns:
+    for place, eqn in enumerate(eqns):
         values = [read(v) for v in eqn.invars]
         opened = _opened(eqn) if inline else None
         if opened is not None:
@@ -171,6 +259,8 @@ def evaluate(eqns: Sequence, env: dict, wanted: Sequence, *, inline: bool = Fals
             values = [jax.lax.squeeze(a, [0]) if k >= squeezed else a for k, a in enumerate(values)]
             out = evaluate(inner.jaxpr.eqns, _env(inner, values), inner.jaxpr.outvars, inline=True)
             out = [jax.lax.expand_dims(a, [0]) if k >= stacked else a for k, a in enumerate(out)]
+        elif halves and place in halves:
+            out = halves[place].outputs(eqn, values)
         else:
             bound = eqn.primitive.get_bind_params(eqn.params)
             subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.7 gives a pair
