@@ -171,14 +171,16 @@ def test_1f1b_needs_less_memory_than_gpipe_by_what_the_tables_say():
     assert temporaries("gpipe", 16) - temporaries("1f1b", 16) == pytest.approx(predicted, rel=0.1)
 
 
-@pytest.mark.parametrize("mesh", [{"stage": 4, "data": 2}, pytest.param({"stage": 2, "data": 2, "tensor": 2}, marks=pytest.mark.slow)],
-                         ids=str)
-def test_only_the_stages_pass_things_on(mesh):
+@pytest.mark.parametrize(("mesh", "name"), [
+    ({"stage": 4, "data": 2}, "1f1b"), pytest.param({"stage": 2, "data": 2, "tensor": 2}, "1f1b", marks=pytest.mark.slow),
+    pytest.param({"stage": 2, "fsdp": 2, "tensor": 2}, "zero_bubble", marks=pytest.mark.slow)], ids=str)
+def test_only_the_stages_pass_things_on(mesh, name):
     """A permutation inside of a branch would wait for stages that take another branch."""
-    prog = program(**mesh)
+    prog = program(name=name, **mesh)
     with jax.set_mesh(prog.mesh):
         text = prog.train_step.lower(prog.abstract, toy.batch()).compile().as_text()
     assert len(re.findall(r" collective-permute(?:-start)?\(", text)) == 2
+    assert not re.findall(r" all-to-all(?:-start)?\(", text)
     assert len(re.findall(r" conditional\(", text)) >= 1
 
 
