@@ -78,7 +78,7 @@ def test_what_waits_is_each_matmuls_input_and_its_results_gradient(programs):
     assert sorted(a.size for a in programs[0].operands) == sorted(4 * toy.T * width for width in waits)
 
 
-@pytest.fixture(scope="module", params=[{"fsdp": 2, "tensor": 2}, {"data": 2}], ids=str)
+@pytest.fixture(scope="module", params=[{"data": 2}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
 def beside_stages(request):
     """The same as one stage of two runs it, on devices that split its weights or its rows."""
     sizes = request.param
