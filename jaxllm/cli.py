@@ -38,6 +38,8 @@ VERBS = {
                 "teach a trained model to follow instructions; run again to go on"),
     "reward": Verb("jaxllm.align.reward_config:RewardVerb", "jaxllm.align.reward:main", "reward CONFIG.yaml",
                    "train a model that scores answers from ranked ones"),
+    "dpo": Verb("jaxllm.align.dpo_config:DPOVerb", "jaxllm.align.dpo_run:main", "dpo CONFIG.yaml --base.run=RUN",
+                "align a model with compared answers alone: DPO, IPO, KTO, ORPO, SimPO"),
     "rlhf": Verb("jaxllm.align.rlhf_config:RLHFConfig", "jaxllm.align.rlhf_run:main", "rlhf CONFIG.yaml",
                  "align a model by reinforcement learning: PPO or GRPO and its kin"),
     "generate": Verb("jaxllm.generate.config:GenerateVerb", "jaxllm.generate.verb:main", "generate RUN --prompt=TEXT",
@@ -201,6 +203,6 @@ def _find(reference: str):
 
 def entry_point() -> None:
     """What the installed `jaxllm` script and `python -m jaxllm` call: a command that computes gets huge pages first."""
-    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "sft", "reward", "rlhf", "generate", "chat"):
+    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "sft", "reward", "dpo", "rlhf", "generate", "chat"):
         use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """How a verb of alignment starts: from another run's model, tokenizer and template."""
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 
@@ -10,9 +11,9 @@ from jaxllm.align.config import BaseConfig
 from jaxllm.errors import UserError
 from jaxllm.model.heads import ScoreModel
 from jaxllm.partition import make_mesh
-from jaxllm.train.checkpoint import load_model, read_params
+from jaxllm.train.checkpoint import Checkpoints, load_model, read_params
 from jaxllm.train.config import ModelOfRun
-from jaxllm.train.run_folder import last_checkpoint, read_model
+from jaxllm.train.run_folder import last_checkpoint, read_model, read_yaml
 from jaxllm.train.state import structure
 
 
@@ -29,7 +30,8 @@ def found_base(base: BaseConfig, key: str = "base") -> ModelOfRun:
 
 
 def resolved(cfg, found: ModelOfRun):
-    """Returns a verb's settings with what they take from their base: the model, its tokenizer and template.
+    """Returns a verb's settings with what they take from their base: the model, its tokenizer and template, and of which
+    checkpoint it is, so that the base may be trained on meanwhile.
 
     Once the run has begun its own tokenizer is used, so that the base may go.
     """
@@ -43,7 +45,17 @@ def resolved(cfg, found: ModelOfRun):
         data = dataclasses.replace(data, template=data.template or found.template or "plain")
     if data.seq_len > found.model.max_seq_len:
         raise UserError(f"data.seq_len={data.seq_len} is longer than the base model's max_seq_len={found.model.max_seq_len}")
-    return dataclasses.replace(cfg, model=found.model, data=data)
+    return dataclasses.replace(cfg, model=found.model, data=data, base=at_step(cfg, "base"))
+
+
+def at_step(cfg, key: str) -> BaseConfig:
+    """Returns a run that a verb reads weights of, with its step: where none is given, that of the verb's first start."""
+    named, folder = getattr(cfg, key), pathlib.Path(cfg.run.dir)
+    if named.step is not None or not named.run:
+        return named
+    if not cfg.run.overwrite and last_checkpoint(folder):
+        return dataclasses.replace(named, step=(read_yaml(folder).get(key) or {}).get("step"))
+    return dataclasses.replace(named, step=last_checkpoint(pathlib.Path(named.run)) or None)
 
 
 def _tokenizer_of(folder: pathlib.Path, found: ModelOfRun) -> str:
@@ -66,10 +78,20 @@ def load_weights(base: BaseConfig, mesh):
     return graph, params
 
 
+def weights_digest(base: BaseConfig) -> str:
+    """Returns a digest of a run's weights, those below an adapter included, out of the checksums in its checkpoint."""
+    folder = pathlib.Path(base.run)
+    found, step = read_model(folder), base.step or last_checkpoint(folder)
+    with Checkpoints(folder) as checkpoints:
+        arrays = checkpoints.arrays(step)
+    said = {name: told for name, told in arrays.items() if name.startswith("params.")}
+    if found.lora.rank:
+        said |= {"lora": repr(found.lora), "base": weights_digest(BaseConfig(run=found.base, step=found.base_step))}
+    return hashlib.blake2b(repr(sorted(said.items())).encode(), digest_size=12).hexdigest()
+
+
 def load_scores(run: str, mesh, step: int | None = None):
     """Returns (ModelOfRun, graph, parameters, objectives) of a reward model's run; raises UserError for another verb's."""
-    from jaxllm.train.run_folder import read_yaml
-
     folder = pathlib.Path(run)
     found = read_model(folder)
     if found.verb != "reward":

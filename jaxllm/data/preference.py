@@ -225,5 +225,6 @@ class PreferenceRows:
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of each batch."""
+        K = self.groups.n_answers
         for row_B in self.chosen:
-            yield self.groups.gather(row_B[self.part], self.groups.n_answers)
+            yield self.groups.gather(row_B[self.part], K)

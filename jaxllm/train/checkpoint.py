@@ -114,6 +114,13 @@ class Checkpoints:
         """Returns the data position that a checkpoint was saved with."""
         return self.manager.restore(step, args=self.ocp.args.Composite(meta=self.ocp.args.JsonRestore())).meta["position"]
 
+    def arrays(self, step: int) -> dict:
+        """Returns {leaf: [shape, type, checksum]} of a checkpoint, without reading its arrays."""
+        meta = self._meta(*self._candidates(step), tell_damaged)
+        if meta is None:
+            raise UserError(f"{self.folder / str(step)}: cannot be read; give another step")
+        return meta["arrays"]
+
     def read_raw(self, step: int):
         """Returns (a checkpoint's arrays as they lie on disk, its position), for a look without the model's settings."""
         self._candidates(step)
@@ -244,7 +251,7 @@ def load_model(folder, step: int | None = None, mesh=None):
     graph, abstract = structure(LanguageModel, cfg.model, mesh)
     if not cfg.lora.rank:
         return cfg, graph, *read_params(folder, abstract, step)
-    _, _, base, _ = load_model(_base_of(folder, cfg), mesh=mesh)
+    _, _, base, _ = load_model(_base_of(folder, cfg), cfg.base_step, mesh)
     with jax.set_mesh(mesh):
         lora, step = read_params(folder, placed_shapes(lambda: adapters(base, cfg.lora, jax.random.key(0)), mesh), step)
         return cfg, graph, jax.jit(partial(merged, cfg=cfg.lora))(base, lora), step

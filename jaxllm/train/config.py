@@ -203,6 +203,7 @@ class ModelOfRun:
     precision: str = "auto"
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank 0: the run's checkpoints hold whole weights
     base: str = ""  # with an adapter, the run whose weights it is added to
+    base_step: int | None = None  # the checkpoint of that run; null: the newest
 
 
 @dataclass(frozen=True, kw_only=True)

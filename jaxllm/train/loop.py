@@ -180,8 +180,9 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
         line = {"step": step, "tokens": step * run.tokens_per_step, "time": round(time.time(), 3), **found}
         run.log.metrics(line)
         bits = f", {found['eval_bits_per_byte']:.4f} bits per byte" if "eval_bits_per_byte" in found else ""
-        loss, perplexity = found["eval_loss"], found["eval_perplexity"]
-        run.log.say(f"  held-out at step {step}: loss {loss:.4f}, perplexity {perplexity:.2f}{bits}")
+        told = f", perplexity {found['eval_perplexity']:.2f}{bits}" if "eval_perplexity" in found else ""
+        told += f", accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
+        run.log.say(f"  held-out at step {step}: loss {found['eval_loss']:.4f}{told}")
     if due["sample"]:
         for prompt, text in run.sample(state.params, step):
             run.log.sample(step, prompt, text)

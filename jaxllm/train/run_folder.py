@@ -146,7 +146,8 @@ def read_model(folder: pathlib.Path) -> ModelOfRun:
                 "tokenizer": data["tokenizer"], "template": data.get("template"), "precision": tree["train"]["precision"]}
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / 'config.yaml'}: holds no {e}; should be what a run wrote") from None
-    told |= {"lora": tree["lora"], "base": tree["base"]["run"]} if tree.get("lora", {}).get("rank") else {}
+    if tree.get("lora", {}).get("rank"):
+        told |= {"lora": tree["lora"], "base": tree["base"]["run"], "base_step": tree["base"].get("step")}
     return config.of_tree(ModelOfRun, told, str(folder / "config.yaml"))
 
 
