@@ -11,6 +11,7 @@ import pytest
 import runs
 import toy
 import yaml
+from flax import nnx
 
 from jaxllm import cli, config
 from jaxllm.align import dpo_run, reference
@@ -22,6 +23,7 @@ from jaxllm.align.reward import encoded
 from jaxllm.align.start import load_weights
 from jaxllm.data import preference
 from jaxllm.data.chat import load_chat
+from jaxllm.data.config import DataConfig
 from jaxllm.data.pairs import next_with_another_prompt, ordered, pairs_of
 from jaxllm.data.preference import Groups, TokenGroup
 from jaxllm.data.preference_config import PreferenceData, PreferenceSource
@@ -44,7 +46,7 @@ MODEL = ModelConfig(d_model=16, n_layers=1, n_heads=2, d_ff=32, vocab_size=load_
 
 def groups(*of) -> Groups:
     made = Groups(16, 0)
-    made.add_source([TokenGroup(prompt, [[10 + r, 1] for r in rank], list(rank), 0, 0.0) for prompt, rank in of])
+    made.add_source([TokenGroup(np.int32(prompt), [np.int32([10 + r, 1]) for r in rank], list(rank), 0, 0.0) for prompt, rank in of])
     return made
 
 
@@ -81,7 +83,8 @@ def base(tmp_path_factory):
     """The run folder of an untrained model on the byte tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "run"
     folder.mkdir()
-    cfg = PretrainConfig(run=RunConfig(dir=str(folder)), model=MODEL, train=PretrainTrain(steps=24), mesh=MeshConfig(data=1))
+    cfg = PretrainConfig(run=RunConfig(dir=str(folder)), model=MODEL, train=PretrainTrain(steps=24), mesh=MeshConfig(data=1),
+                         data=DataConfig(seq_len=32))
     program = toy.program(MODEL)
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         checkpoints.save(24, program.init(), {"step": 24, "made_of": {}})
@@ -135,6 +138,14 @@ def one_step(cfg: DPOVerb, devices: int = 1, **axes):
         return state, {name: float(x) for name, x in metrics.items() if x.ndim == 0}, program.evaluate(found.validation, 0, state.params)
 
 
+def literal_logp(graph, params, prompt, answer) -> float:
+    """Returns log p of an answer behind its prompt, without padding, token by token."""
+    token_1T = np.concatenate([prompt, answer])[None]
+    model = nnx.merge(graph, params)
+    logit_TV = np.asarray(model.hidden(token_1T, np.arange(token_1T.shape[1], dtype=np.int32)[None]) @ model.head_DV(), np.float64)[0]
+    return sum(logit_TV[t - 1, token_1T[0, t]] - np.log(np.exp(logit_TV[t - 1]).sum()) for t in range(len(prompt), token_1T.shape[1]))
+
+
 @pytest.fixture(scope="module")
 def on_one_device(base, ranked):
     made = {}
@@ -174,6 +185,8 @@ def test_the_reference_is_read_once_and_is_what_the_base_says(base, ranked, tmp_
             arrays = [batch[f"{prefix}{n}"] for n in ("token_BKT", "length_BK", "prompt_BK")]
             now_BK, _ = logps(Reading(graph, np.dtype(np.float32), 10), params, None, *arrays)
             np.testing.assert_allclose(batch[name], now_BK, rtol=1e-5)
+    pair = found.train.of[0]
+    assert found.train.ref_logp_N2[0, 1] == pytest.approx(literal_logp(graph, params, pair.prompt, pair.answers[1]), rel=1e-5)
     kept = found.train.ref_logp_N2
     measured = reference.measured
     monkeypatch.setattr(reference, "measured", lambda *a, **k: pytest.fail("measured again"))

@@ -54,8 +54,7 @@ def data_digest(found: Preferences, wanted: dict[str, Groups]) -> str:
         said.update(name.encode())
         for group in groups.of:
             for answer in group.answers:
-                said.update(np.int32([len(group.prompt), len(answer)]).tobytes())
-                said.update(np.int32(group.prompt).tobytes() + np.int32(answer).tobytes())
+                said.update(f"{len(group.prompt)} {len(answer)}".encode() + group.prompt.tobytes() + answer.tobytes())
     return said.hexdigest()
 
 

@@ -55,8 +55,8 @@ class Pairs(Groups):
         self.others = Groups(self.seq_len, self.pad_id)
         for i, pair in enumerate(self.of):
             other = train.of[after[i] if self is train else i % len(train)]  # a held-out prompt is not a training pair's
-            prompt = shortened(list(pair.prompt), self.seq_len - max(map(len, other.answers)))
-            self.others.of.append(dataclasses.replace(pair, prompt=prompt, answers=other.answers))
+            prompt = shortened(pair.prompt.tolist(), self.seq_len - max(map(len, other.answers)))
+            self.others.of.append(dataclasses.replace(pair, prompt=np.array(prompt, np.int32), answers=other.answers))
 
     def gather(self, row_B: np.ndarray, n_answers: int) -> dict[str, np.ndarray]:
         """Returns the batch of these pairs; -1: a pair of padding.
