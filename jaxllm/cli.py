@@ -203,6 +203,7 @@ def _find(reference: str):
 
 def entry_point() -> None:
     """What the installed `jaxllm` script and `python -m jaxllm` call: a command that computes gets huge pages first."""
-    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in ("pretrain", "sft", "reward", "dpo", "rlhf", "generate", "chat"):
+    computing = ("pretrain", "sft", "reward", "dpo", "rlhf", "generate", "chat")
+    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in computing:
         use_huge_pages()
     sys.exit(main(sys.argv[1:]))

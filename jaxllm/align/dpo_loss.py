@@ -12,9 +12,9 @@ from flax import nnx
 
 from jaxllm.align import dpo
 from jaxllm.align.dpo_config import DPOVerb
+from jaxllm.align.sft_loss import whole
 from jaxllm.model.config import LoRAConfig
 from jaxllm.model.heads import cast
-from jaxllm.model.lora import merged
 from jaxllm.train.loss import token_logps
 from jaxllm.train.step import split
 
@@ -43,11 +43,6 @@ def logps(reading: Reading, params, frozen, token_BKT, length_BK, prompt_BK):
     # what position t predicts is token t + 1
     logp_X, n_X = dpo.answer_logps(logp_XT, (at_1T + 1 >= prompt_X1) & (at_1T + 1 < length_X1))
     return logp_X.reshape(B, K), n_X.reshape(B, K)
-
-
-def whole(lora: LoRAConfig, params, frozen):
-    """Returns a model's weights of what is trained: themselves, or what adapters make of frozen ones."""
-    return merged(frozen, params, lora) if lora.rank else params
 
 
 def loss(reading: Reading, of_pairs, params, frozen, batch, key):

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxllm.align import dpo, supervised
 from jaxllm.align.dpo_config import DPOVerb
-from jaxllm.align.dpo_loss import Reading, formula, logps, loss, whole, with_baseline
+from jaxllm.align.dpo_loss import Reading, formula, logps, loss, with_baseline
+from jaxllm.align.sft_loss import whole
 from jaxllm.align.start import load_weights
 from jaxllm.data.pairs import ARRAYS, Pairs
 from jaxllm.data.preference import PreferenceRows

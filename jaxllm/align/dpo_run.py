@@ -114,7 +114,8 @@ def align(cfg: DPOVerb, folder: pathlib.Path, found, rows, tokenizer, chat, prom
                         chunk=cfg.train.loss_chunk, rows=2 * cfg.train.batch_size // cfg.train.micro_batches, begun=begun)
 
     def sample(params, step):
-        engine = Engine(program.graph, program.whole(params), cfg.model, tokenizer, mesh, precision=cfg.train.precision)
+        engine = Engine(program.graph, program.whole(params), cfg.model, tokenizer, mesh, precision=cfg.train.precision,
+                        end_id=chat.end_id)
         return [(prompt, one.text) for prompt, one in
                 zip(cfg.train.sample_prompts, engine.generate(prompts, cfg.train.sample), strict=True)]
 
