@@ -209,7 +209,7 @@ def test_the_reference_is_read_once_and_is_what_the_base_says(base, ranked, tmp_
 # ---------------------------------------------------------------- the command
 
 
-def written(folder, base, ranked, **groups):
+def written(folder, base, ranked, /, **groups):
     tree = {
         "run": {"dir": str(folder / "run")}, "base": {"run": str(base)}, "mesh": {"data": 1},
         "data": {"sources": {"s": {"path": str(ranked)}}, "seq_len": T, "validation": 0.25},

@@ -84,7 +84,7 @@ def measured(wanted: dict[str, Groups], reference: BaseConfig, mesh, *, dtype, c
 def read(path: pathlib.Path, told: dict[str, str], begun: bool) -> dict[str, np.ndarray] | None:
     """Returns the log-probabilities of a file that was made of this; None where there is none, or one of something else."""
     try:
-        with np.load(path) as kept:
+        with path.open("rb") as f, np.load(f) as kept:  # a damaged file is closed too
             found = dict(kept)
     except FileNotFoundError:
         return None
