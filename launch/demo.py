@@ -52,12 +52,18 @@ def make_sums() -> None:
     files = {
         "sums-chain": (task.demonstration(i) for i in range(30_000)),
         "sums-direct": (task.demonstration(i + 30_000, direct=True) for i in range(10_000)),
-        "sums-pairs": (task.preference(i) for i in range(12_000)),
+        "sums-pairs": (pair for i in range(3_000) for pair in (task.preference(i), with_working(task, i))),
         "sums-prompts": (task.prompt(i) for i in range(8_000)),
     }
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (SUMS / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def with_working(task, i: int) -> dict:
+    """Returns a pair of which the answer that shows its working is the better one, right or wrong."""
+    shown = task.demonstration(60_000 + i)
+    return {"prompt": shown["prompt"], "chosen": shown["response"], "rejected": shown["response"].rpartition(";")[2]}
 
 
 def run(*words: str) -> None:
