@@ -14,7 +14,7 @@ from jaxllm.errors import UserError
 from jaxllm.report import page, plots
 from jaxllm.report.config import ReportVerb
 from jaxllm.report.page import write_page
-from jaxllm.report.read import last_line, read_run
+from jaxllm.report.read import by_step, last_line, read_run
 from jaxllm.report.summary import summary
 
 
@@ -274,3 +274,8 @@ def test_report_needs_neither_jax_nor_the_trainer():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     code = "import sys, jaxllm.report.page; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_an_evaluation_of_a_step_does_not_hide_what_the_step_logged():
+    lines = [{"step": 2, "score": 0.5}, {"step": 2, "eval_score": 0.7}, {"step": 1, "score": 0.1}, {"step": 1, "score": 0.4}]
+    assert by_step(lines) == [{"step": 1, "score": 0.4}, {"step": 2, "score": 0.5}, {"step": 2, "eval_score": 0.7}]

@@ -150,7 +150,7 @@ def read_config(folder: pathlib.Path) -> tuple[dict, int]:
 
 def by_step(lines: list[dict]) -> list[dict]:
     """Returns the lines in the order of their steps; of two of one step and kind the later counts."""
-    latest = {(x["step"], "eval_loss" in x): x for x in lines if isinstance(x.get("step"), int)}
+    latest = {(x["step"], any(k.startswith("eval_") for k in x)): x for x in lines if isinstance(x.get("step"), int)}
     return [latest[key] for key in sorted(latest)]
 
 
