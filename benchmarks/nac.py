@@ -174,6 +174,7 @@ def main() -> None:
     p.add_argument("--task", required=True)
     p.add_argument("--algorithm", default="ppo,grpo", help="one or more, each from the same SFT model")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--first", type=int, default=0, help="the first seed")
     p.add_argument("--iterations", type=int)
     p.add_argument("--beta", type=float)
     p.add_argument("--lr", type=float)
@@ -182,7 +183,7 @@ def main() -> None:
     args = p.parse_args()
     task, mesh, results = load_task(args.task), make_mesh(MeshConfig(data=1), jax.devices()[:1]), []
     floor = task.entropy_floor()
-    for seed in range(args.seeds):
+    for seed in range(args.first, args.first + args.seeds):
         graph, reference, loss, took = sft(task, mesh, seed)
         for name in args.algorithm.split(","):
             with tempfile.TemporaryDirectory() as folder:
