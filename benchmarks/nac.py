@@ -125,7 +125,7 @@ def run(task, mesh, graph, reference, args, seed: int, folder: str) -> dict:
     with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints, \
             RunLog(pathlib.Path(folder), steps=cfg.train.iterations, start=0, tensorboard=False) as log:
         loop = Loop(cfg=cfg, program=program, sampler=sampler, reference=reference, prompts=lambda i: stream[i * n : i * n + n],
-                    held_out=[], decode=task.decode, score=score, made_of={}, checkpoints=checkpoints, log=log)
+                    held_out=[], shown=[], decode=task.decode, score=score, made_of={}, checkpoints=checkpoints, log=log)
         state = train(loop, program.init(), 0)
         lines = [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
         found = held_out(task, sampler, program, state.params, reference, graph, reading, mesh)

@@ -30,7 +30,6 @@ from jaxllm.train.log import RunLog, clock, memory
 from jaxllm.train.loop import StopRequest
 from jaxllm.train.state import TrainState
 
-SHOWN = 4  # held-out prompts whose responses are shown
 PENDING = ("token_BS", "first_B", "length_B", "action_BR", "logp_BR", "ended_B", "score_B")  # what waits with rollout.stale
 
 
@@ -43,7 +42,8 @@ class Loop:
     sampler: Any  # generate/continuous.Sampler, or another engine with its interface
     reference: Any  # parameters of the model that the KL is measured to
     prompts: Callable[[int], list[Prompt]]  # iteration -> its prompts
-    held_out: list[Prompt]  # for evaluation
+    held_out: list[Prompt]  # for evaluation; empty: none is made
+    shown: list[Prompt]  # whose responses people see, before, during and after
     decode: Callable[[list[int]], str]
     score: Callable[[list[Sample]], Scored]
     made_of: dict  # what the prompts are made of, which with the iteration is the data position
@@ -259,10 +259,10 @@ def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, stopping: b
             loop.log.metrics({"step": step, "tokens": tokens, "time": round(time.time(), 3), **line})
             told = ", ".join(f"{k.removeprefix('eval_')} {v:.4g}" for k, v in line.items())
             loop.log.say(f"  held-out at iteration {step}: {told}")
-    if cfg.train.sample_every and loop.held_out and (first or finished or step % cfg.train.sample_every == 0):
+    if cfg.train.sample_every and loop.shown and (first or finished or step % cfg.train.sample_every == 0):
         loop.sampler.load(state.params)
         how = SampleConfig(max_tokens=cfg.rollout.response_len, temperature=cfg.rollout.temperature)
-        for one in _written(loop, loop.held_out[:SHOWN], 1, how, [cfg.run.seed, 3])[1]:  # the same ones, before and after
+        for one in _written(loop, loop.shown, 1, how, [cfg.run.seed, 3])[1]:
             loop.log.sample(step, one.prompt, one.response)
     if not first and (finished or stopping or step % cfg.checkpoint.every == 0):
         position = {"step": step, "made_of": loop.made_of, "tokens": tokens, "errors": loop.errors or {},

@@ -12,6 +12,7 @@ from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
 MAY_CHANGE = ("train.iterations", "train.eval_prompts", "prompts.sources.", "rollout.rows", "rollout.gap", "ptx.eval_rows",
               "base.run")
+SHOWN = 4  # prompts whose responses are shown
 
 
 def main(cfg: RLHFConfig) -> dict:
@@ -104,8 +105,9 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
                     log.incident(at, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
                 loop = Loop(
                     cfg=cfg, program=program, sampler=sampler, reference=reference, prompts=rows.batch, log=log,
-                    held_out=prompts.validation or prompts.train, decode=tokenizer.decode, score=rewards, made_of=made_of,
-                    checkpoints=checkpoints, text=text.batches if text and cfg.ptx.coef else None,
+                    held_out=prompts.validation, shown=(prompts.validation or prompts.train)[:SHOWN],
+                    decode=tokenizer.decode, score=rewards, made_of=made_of, checkpoints=checkpoints,
+                    text=text.batches if text and cfg.ptx.coef else None,
                     text_loss=text.held_out_loss if text and cfg.ptx.eval_rows else None, tokens=position.get("tokens", 0),
                     errors=rewards.errors, player=player)
                 for line in said(cfg, prompts, reference, mesh, at):
@@ -228,7 +230,9 @@ def said(cfg: RLHFConfig, prompts, reference, mesh, at: int) -> list[str]:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     return [f"policy: {n / 1e6:.2f} M parameters, from {cfg.base.run}; mesh: {axes}", prompts.describe(),
             f"run: {cfg.algorithm}, iterations {at + 1} to {cfg.train.iterations}, {cfg.rollout.prompts} prompts x "
-            f"{cfg.rollout.samples} responses each, {cfg.train.epochs} epochs of {cfg.train.minibatches} minibatches"]
+            f"{cfg.rollout.samples} responses each, {cfg.train.epochs} epochs of {cfg.train.minibatches} minibatches",
+            *([] if prompts.validation or not cfg.train.eval_every else
+              ["! no prompt is held out (prompts.validation=0): scores are of training prompts alone"])]
 
 
 def tax(folder: pathlib.Path) -> dict:
