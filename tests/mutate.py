@@ -381,6 +381,8 @@ FAULTS = [
           "tests/test_data_decontaminate.py -k part_of"),
     Fault("an edited item is no item", "jaxllm/data/decontaminate.py", "if similarity >= (self", "if similarity >= 1 + 0 * (self",
           "tests/test_data_decontaminate.py -k planted"),
+    Fault("an edited short item of common words is an item", "jaxllm/data/decontaminate.py", "if bits < self.cfg.short_bits:", "if bits < 1:",
+          "tests/test_data_decontaminate.py -k 'bits_of or common_words'"),
     Fault("templates are part of items", "jaxllm/data/decontaminate.py", "_shared_by(grams) > max(", "_shared_by(grams) < 0 * max(",
           "tests/test_data_decontaminate.py -k cut"),
     Fault("only an item's longest text is looked for", "jaxllm/data/eval_items.py", "if i in asked or texts[i][1] >= OTHER]",

@@ -158,6 +158,51 @@ def test_short_items_have_to_be_more_alike(tmp_path):
     assert stage(Document("1", "a", "too short too short too short")) is None
 
 
+@pytest.fixture
+def rare(tmp_path):
+    """A folder of 64 items of 6 words, each of which is in one item alone: 6 bits a word, 30 for 5 of them."""
+    (tmp_path / "t.txt").write_text("\n".join(" ".join(f"{name}{chr(97 + i // 8)}{chr(97 + i % 8)}" for name in "pqrstu") for i in range(64)))
+    return tmp_path
+
+
+ONE_EDIT = ("paa qaa raa taa uaa", "paa qaa raa horse taa uaa", "qaa raa saa taa uaa", "paa qaa raa saa taa horse", "qaa paa raa saa taa uaa")
+TWO_EDITS = ("paa qaa raa uaa", "paa qaa raa horse uaa", "paa qaa raa very old taa uaa", "saa taa uaa paa qaa raa", "paa qaa raa taa", "paa qaa raa")
+
+
+def test_a_short_rare_item_is_found_with_one_edit(rare):
+    """One word deleted, replaced or swapped, at an end or within; not two; only what stands there is cut."""
+    cfg = DecontaminateConfig(folder=str(rare), short_similarity=1.0, action="span")
+    stage = Decontaminate(cfg)
+    for text in ONE_EDIT:
+        (found,) = stage.find(f"He said: {text}, and left")
+        assert (found[0], found[1] < 1) == (0, True), text
+        doc = Document("1", "a", f"He said: {text}, and left")
+        assert stage(doc) is None
+        assert doc.text in ("He said: , and left", "He said:  horse, and left")
+    for text in TWO_EDITS:
+        assert not stage.find(f"He said: {text}, and left"), text
+
+
+@pytest.mark.parametrize(("bits", "found"), [(30.0, 5), (30.01, 1), (36.0, 1), (36.01, 0), (0, 0), (None, 0)])
+def test_bits_of_a_short_item(rare, bits, found):
+    """Five of six words have 30 bits, two swapped have 36; 0 and null turn it off."""
+    stage = Decontaminate(DecontaminateConfig(folder=str(rare), short_similarity=1.0, short_bits=bits))
+    assert sum(bool(stage.find(f"He said: {text}, and left")) for text in ONE_EDIT) == found
+
+
+def test_a_short_item_of_common_words_is_not_found_edited(tmp_path):
+    """Of two questions as short, edited alike, the one whose words many items have is not taken for the item."""
+    others = (f"what is the name of the city that lies in region number {i}" for i in range(2000))
+    (tmp_path / "t.txt").write_text("\n".join(["What is the name of that?", "Do axolotls regenerate amputated limbs?", *others]))
+    stage = Decontaminate(DecontaminateConfig(folder=str(tmp_path), short_similarity=1.0))
+    assert stage.find("He asked: what is the name of that? And left.")
+    for kind, rare, common in (("deleted", "do regenerate amputated limbs", "what the name of that"),
+                               ("replaced", "do really regenerate amputated limbs", "what was the name of that"),
+                               ("swapped", "axolotls do regenerate amputated limbs", "is what the name of that")):
+        assert stage.find(f"He asked: {rare}? And left."), kind
+        assert not stage.find(f"He asked: {common}? And left."), kind
+
+
 @pytest.mark.parametrize(("name", "text", "items"), [
     ("a.json", '[{"q": "x y", "a": ["b", {"c": "d"}]}, "z"]', [["x y", "b", "d"], ["z"]]),
     ("a.json", '{"canary": "c", "examples": [{"input": "x"}, {"input": "y"}]}', [["x"], ["y"]]),
@@ -191,6 +236,8 @@ def test_mistakes_are_said(tmp_path, made):
         build_index(DecontaminateConfig(folder=str(tmp_path)))
     with pytest.raises(ValueError, match=r"decontaminate.min_words=2: should be at least 3"):
         DecontaminateConfig(min_words=2)
+    with pytest.raises(ValueError, match=r"decontaminate.short_bits=-1: should be at least 0, or null"):
+        DecontaminateConfig(short_bits=-1)
     assert Decontaminate(DecontaminateConfig())(Document("1", "a", "nothing is looked for")) is None
 
 

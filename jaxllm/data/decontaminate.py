@@ -6,7 +6,9 @@
    whole item: the share of the item's different 4-character sequences (2 in scripts without spaces) that occur there, letters
    and digits alone, case apart.
    From `similarity` on, the item is there. A seed never counts alone.
-3. A short item has to be more alike: `short_similarity`. One of fewer than `min_words` words is not looked for.
+3. A short item has to be more alike: `short_similarity`. It is there, too, where its words stand in order but for one that is
+   deleted, replaced, or swapped with the next, if those that stand there are rare enough among the items: `short_bits`.
+   One of fewer than `min_words` words is not looked for.
 4. Items go through the same repairs as documents (`clean`), and are looked for as they stand, too.
 
 What a fifth of a task's items begin or end with ("Question:", "Answer:", instructions) is not part of them.
@@ -43,6 +45,7 @@ class DecontaminateConfig:
     similarity: float = 0.7  # share of an item's 4-character (Chinese, Japanese, …: 2) sequences that a place must have
     long_words: int = 8  # of items of fewer words, a place must have `short_similarity`
     short_similarity: float = 0.8  # the same for short items
+    short_bits: float | None = 30.0  # or all their words but one, if log2(items / items with the word) sums to it; 0, null: off
     min_words: int = 5  # items of fewer words are not looked for
     common: int = 8  # a 3-word sequence that more items share is a template's
 
@@ -50,6 +53,7 @@ class DecontaminateConfig:
         for name, ok, should in (
             ("similarity", 0 < self.similarity <= 1, "in (0, 1]"),
             ("short_similarity", 0 < self.short_similarity <= 1, "in (0, 1]"),
+            ("short_bits", (self.short_bits or 0) >= 0, "at least 0, or null"),
             ("min_words", self.min_words >= SEED, f"at least {SEED}"),
             ("common", self.common >= 1, "at least 1"),
         ):
@@ -70,6 +74,7 @@ class Index:
     seeds: np.ndarray  # of each item
     looked_for: dict[str, int]  # items of each task
     too_short: dict[str, int]  # items of each task that are not looked for
+    bits: dict[int, tuple[float, ...]]  # of each word of each short item: log2(items / items with the word)
     maybe: np.ndarray = field(init=False)  # whether any seed begins with these bits
     shift: np.uint64 = field(init=False)
     count_S: np.ndarray = field(init=False)  # how many seeds from here on have the same hash
@@ -102,7 +107,8 @@ def build_index(cfg: DecontaminateConfig, clean: Callable[[str], str] | None = N
         raise UserError(f"decontaminate.folder={cfg.folder}: no item has decontaminate.min_words={cfg.min_words} words")
     hash_S, item_S, place_S = _seeds(hash_WN, cfg)
     words, seeds = np.array([len(one) for one in hash_WN], np.int32), np.bincount(item_S, minlength=len(text))
-    return Index(hash_S, item_S, place_S, text, task, words, seeds, dict(looked_for), dict(too_short))
+    bits = _bits(hash_WN, cfg.long_words)
+    return Index(hash_S, item_S, place_S, text, task, words, seeds, dict(looked_for), dict(too_short), bits)
 
 
 def _bodies(all_items, cfg: DecontaminateConfig, clean=None) -> tuple[list[tuple[str, np.ndarray]], int]:
@@ -166,6 +172,13 @@ def _seeds(hash_WN: list[np.ndarray], cfg: DecontaminateConfig) -> tuple[np.ndar
     return hash_[order], item[order], place[order]
 
 
+def _bits(hash_WN: list[np.ndarray], long_words: int) -> dict[int, tuple[float, ...]]:
+    """Returns how rare each word of each item of fewer than `long_words` words is: log2(items / items with the word)."""
+    bits, ends = np.log2(len(hash_WN) / _shared_by(hash_WN)), np.cumsum([len(hash_W) for hash_W in hash_WN])
+    return {item: tuple(bits[end - len(hash_W) : end].tolist())
+            for item, (hash_W, end) in enumerate(zip(hash_WN, ends, strict=True)) if len(hash_W) < long_words}
+
+
 def _spread(place: np.ndarray) -> np.ndarray:
     """Returns keys by which the first of many places are spread over all: the golden ratio's multiples."""
     return (place.astype(np.uint64) * np.uint64(units.ROOT)) >> np.uint64(32)
@@ -214,7 +227,14 @@ class Decontaminate:
             similarity = _containment(mine, _grams(text[words.start_W[a] : words.end_W[b - 1]], gram))
             if similarity >= (self.cfg.similarity if n >= self.cfg.long_words else self.cfg.short_similarity):
                 begin, end = _aligned(units.units(self.index.text[item]).hash_W, words.hash_W[a:b])
-                found.append((item, similarity, int(words.start_W[a + begin]), int(words.end_W[a + end - 1])))
+            elif self.cfg.short_bits and item in self.index.bits:
+                item_W = units.units(self.index.text[item]).hash_W
+                bits, begin, end = _one_edit(item_W.tolist(), words.hash_W[a:b].tolist(), self.index.bits[item])
+                if bits < self.cfg.short_bits:
+                    continue
+            else:
+                continue
+            found.append((item, similarity, int(words.start_W[a + begin]), int(words.end_W[a + end - 1])))
         return found
 
     def _places(self, hash_W: np.ndarray) -> list[tuple[int, int, int]]:
@@ -257,6 +277,28 @@ def _aligned(item_W: np.ndarray, place_W: np.ndarray) -> tuple[int, int]:
     """Returns which words of a place are the item's: from the first to the last sequence that both have."""
     at = np.flatnonzero(np.isin(units.windows(place_W, SEED), units.windows(item_W, SEED)))
     return int(at[0]), int(at[-1]) + SEED
+
+
+def _one_edit(item: list[int], place: list[int], bits: tuple[float, ...]) -> tuple[float, int, int]:
+    """Returns the most bits of an item's words that stand in a place with one word deleted, replaced, or swapped with the next,
+    and the first of these words of the place and their end; 0 bits where they do not."""
+    n, there, best = len(item), set(place), (0.0, 0, 0)
+    if sum(word in there for word in item) < n - 1:
+        return best
+    for i in range(n):
+        left, right, rest = item[:i], item[i + 1 :], sum(bits[:i] + bits[i + 1 :])
+        forms = [(left, 0, right, rest), (left, 1, right, rest)]  # words, then so many others, then words
+        if i in (0, n - 1):  # what stands before or after the rest is not the item's
+            forms.pop()
+        if i + 1 < n:
+            forms.append(([*left, item[i + 1], item[i]], 0, item[i + 2 :], sum(bits)))
+        for before, others, after, sum_ in forms:
+            size = len(before) + others + len(after)
+            for at in range(len(place) - size + 1):
+                end = at + size
+                if sum_ > best[0] and place[at : at + len(before)] == before and place[end - len(after) : end] == after:
+                    best = sum_, at, end
+    return best
 
 
 def _without(text: str, spans: list[tuple[int, int]]) -> str:
