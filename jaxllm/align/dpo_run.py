@@ -27,7 +27,7 @@ def main(cfg: DPOVerb) -> dict:
 
 def _run(cfg: DPOVerb, folder: pathlib.Path) -> dict:
     from jaxllm.align.reward import encoded
-    from jaxllm.align.start import at_step, resolved
+    from jaxllm.align.start import at_step, resolved, sample_prompts
     from jaxllm.data import pairs, preference
     from jaxllm.data.chat import load_chat
     from jaxllm.data.tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ def _run(cfg: DPOVerb, folder: pathlib.Path) -> dict:
     for key in ("base", "reference"):
         _check_same(cfg, key, tokenizer)
     chat = load_chat(cfg.data.template, tokenizer)
-    prompts = _sample_prompts(cfg, chat)
+    prompts = sample_prompts(cfg, chat)
     found = preference.read(cfg.data, partial(encoded, chat), tokenizer.pad_id)
     found = pairs.pairs_of(found, cfg.pairs, with_others=cfg.loss == "kto")
     rows = preference.PreferenceInput(found, cfg.train.batch_size, cfg.run.seed)
@@ -79,17 +79,6 @@ def _check_same(cfg: DPOVerb, key: str, tokenizer) -> None:
         if ours[name] != other[name] and name not in ("dropout", "init"):
             raise UserError(f"{key}.run={run}: its model has {name}={other[name]}, that of base.run={cfg.base.run} has "
                             f"{ours[name]}; should be a run of the same model")
-
-
-def _sample_prompts(cfg: DPOVerb, chat) -> list[list[int]]:
-    """Returns the ids of the sample prompts; raises UserError for one that leaves no room."""
-    prompts = []
-    for i, text in enumerate(cfg.train.sample_prompts if cfg.train.sample_every else [], 1):
-        prompts.append(chat.prompt_ids([{"role": "user", "content": text}], f"train.sample_prompts: prompt {i}"))
-        if len(prompts[-1]) >= cfg.model.max_seq_len:
-            raise UserError(f"train.sample_prompts: prompt {i} has {len(prompts[-1])} tokens in template {chat.name}; "
-                            f"should be fewer than the base model's max_seq_len={cfg.model.max_seq_len}")
-    return prompts
 
 
 def align(cfg: DPOVerb, folder: pathlib.Path, found, rows, tokenizer, chat, prompts, steps: int, changes: list[str]) -> dict:

@@ -33,7 +33,7 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
     from jaxllm.platform import start_jax
 
     start_jax()
-    from jaxllm.align.start import mesh_of, resolved
+    from jaxllm.align.start import mesh_of, resolved, sample_prompts
     from jaxllm.data.chat import template_file
     from jaxllm.data.instruction_input import InstructionInput, InstructionValidation, prepare
     from jaxllm.data.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
         return {"run": str(folder), "step": done, "finished": True}
     held_out = InstructionValidation(prepared, cfg.data, cfg.train.batch_size, cfg.train.eval_rows, *share)
     chat = prepared.encoder.chat_of(None)
-    prompts = _sample_prompts(cfg, chat)
+    prompts = sample_prompts(cfg, chat)
     program, weights = _program(cfg, mesh, steps, begun=last_checkpoint(folder) > 0 and not cfg.run.overwrite)
     together("settings are checked")  # before the folder changes
     if writes:
@@ -100,17 +100,6 @@ def _check_tokenizer(cfg: SFTConfig, tokenizer) -> None:
 
     if pathlib.Path(cfg.base.run).exists() and tokenizer.hash != tokenizer_of(pathlib.Path(cfg.base.run)).hash:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer}: is not the tokenizer of base.run={cfg.base.run}; leave it out")
-
-
-def _sample_prompts(cfg: SFTConfig, chat) -> list[list[int]]:
-    """Returns the ids of the sample prompts; raises UserError for one that leaves no room."""
-    prompts = []
-    for i, text in enumerate(cfg.train.sample_prompts if cfg.train.sample_every else [], 1):
-        prompts.append(chat.prompt_ids([{"role": "user", "content": text}], f"train.sample_prompts: prompt {i}"))
-        if len(prompts[-1]) >= cfg.model.max_seq_len:
-            raise UserError(f"train.sample_prompts: prompt {i} has {len(prompts[-1])} tokens in template {chat.name}; "
-                            f"should be fewer than the base model's max_seq_len={cfg.model.max_seq_len}")
-    return prompts
 
 
 def _pretraining(cfg: SFTConfig, tokenizer, writes: bool):

@@ -63,6 +63,17 @@ def _tokenizer_of(folder: pathlib.Path, found: ModelOfRun) -> str:
     return str(own) if own.exists() else found.tokenizer
 
 
+def sample_prompts(cfg, chat) -> list[list[int]]:
+    """Returns the ids of the sample prompts; raises UserError for one that leaves no room."""
+    prompts = []
+    for i, text in enumerate(cfg.train.sample_prompts if cfg.train.sample_every else [], 1):
+        prompts.append(chat.prompt_ids([{"role": "user", "content": text}], f"train.sample_prompts: prompt {i}"))
+        if len(prompts[-1]) >= cfg.model.max_seq_len:
+            raise UserError(f"train.sample_prompts: prompt {i} has {len(prompts[-1])} tokens in template {chat.name}; "
+                            f"should be fewer than the base model's max_seq_len={cfg.model.max_seq_len}")
+    return prompts
+
+
 def mesh_of(cfg):
     """Returns the mesh of a verb of alignment; raises UserError for axes that its steps do not use."""
     mesh = make_mesh(cfg.mesh)
