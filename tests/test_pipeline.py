@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from jax.sharding import PartitionSpec
 
 from jaxllm.errors import UserError
 from jaxllm.mesh import AXES, MeshConfig
-from jaxllm.parallel.pipeline import Parts, pipeline_value_and_grad
+from jaxllm.parallel.pipeline import Parts, _spread, pipeline_value_and_grad
 from jaxllm.parallel.schedule import make
 from jaxllm.parallel.table import lower
 from jaxllm.partition import batch_sharding, make_mesh
@@ -169,6 +170,34 @@ def test_1f1b_needs_less_memory_than_gpipe_by_what_the_tables_say():
     slots = [table.x_slots + table.g_slots for table in tables]
     predicted = (slots[0] - slots[1]) * 16 * toy.T * MODEL.d_model * 4
     assert temporaries("gpipe", 16) - temporaries("1f1b", 16) == pytest.approx(predicted, rel=0.1)
+
+
+def conditionals(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "cond":
+            yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from conditionals(getattr(inner, "jaxpr", inner))
+
+
+def test_what_waits_for_the_weight_part_is_handed_out_by_the_slot():
+    """XLA for TPU copies the whole of an array that a branch changes in part."""
+    prog = program(name="zero_bubble", stage=4)
+    with jax.set_mesh(prog.mesh):
+        found = list(conditionals(jax.make_jaxpr(prog.train_step)(prog.abstract, toy.batch()).jaxpr))
+    slots, n = lower(make("zero_bubble", 4, M)).w_slots, MODEL.n_layers // 4
+    shapes = [v.aval.shape for eqn in found for v in eqn.outvars]
+    assert any(shape[:1] == (n,) and toy.T in shape for shape in shapes)  # the slot
+    assert not any(shape[:2] == (slots, n) for shape in shapes)
+
+
+def test_what_devices_would_hold_alike_waits_split_over_them():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=1), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        assert _spread(PartitionSpec("fsdp", None, None), (2, 6, 5)) == PartitionSpec("fsdp", "tensor", None)
+        assert _spread(PartitionSpec("fsdp", None, "tensor"), (2, 6, 6)) == PartitionSpec("fsdp", None, "tensor")
+        assert _spread(PartitionSpec("fsdp"), (2, 5, 3)) == PartitionSpec("fsdp", None, None)
 
 
 @pytest.mark.parametrize(("mesh", "name"), [
