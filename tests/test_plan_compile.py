@@ -19,7 +19,7 @@ from jaxllm import cli
 from jaxllm.errors import UserError
 from jaxllm.mesh import MeshConfig
 from jaxllm.partition import make_mesh
-from jaxllm.plan import collectives, cycles, fit, hlo, picture, report_text, search
+from jaxllm.plan import changes, collectives, cycles, front, hlo, picture, report_text
 from jaxllm.plan import compile as plan_compile
 from jaxllm.plan import step as plan_step
 from jaxllm.plan.compile_config import CompileVerb
@@ -227,14 +227,14 @@ def test_what_training_would_refuse_is_refused_before_compiling(mesh, change, sa
     emulated = make_mesh(MeshConfig(data=1, **mesh), jax.devices()[:4])
     monkeypatch.setattr(plan_step, "mesh_of", lambda cfg, topology: emulated)
     with pytest.raises(UserError, match=re.escape(said)):
-        plan_step.measure(fit.with_changes(settings(), **change))
+        plan_step.measure(changes.with_changes(settings(), **change))
 
 
 def settings(**train) -> CompileVerb:
     from jaxllm import config
 
     cfg = config.load(CompileVerb, CONFIG, ["topology=v5e-16"])
-    return fit.with_changes(cfg, train={"remat": "none"} | train)
+    return changes.with_changes(cfg, train={"remat": "none"} | train)
 
 
 def compiled(cfg: CompileVerb) -> dict:
@@ -244,7 +244,7 @@ def compiled(cfg: CompileVerb) -> dict:
 
 
 def test_the_single_change_that_makes_it_fit_is_found_by_trying():
-    rows = fit.single_changes(settings(), find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}}, compiled, lambda line: None)
+    rows = changes.single_changes(settings(), find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}}, compiled, lambda line: None)
     assert [r["change"] for r in rows if r["fits"]] == ["--train.micro_batches=2", "--train.remat=full"]  # the faster first
     assert {"--train.loss_chunk=128", "--train.remat=qkv"} <= {r["change"] for r in rows if not r["fits"]}
 
@@ -253,7 +253,7 @@ def test_the_front_holds_what_nothing_beats():
     def row(peak, step, fits=True):
         return {"peak_gb": peak, "step_s": step, "fits": fits}
 
-    marked = search.mark_best([row(4, 2.0), row(8, 1.0), row(8, 1.5), row(2, 0.5, fits=False), row(9, 1.0)])
+    marked = front.mark_best([row(4, 2.0), row(8, 1.0), row(8, 1.5), row(2, 0.5, fits=False), row(9, 1.0)])
     assert [(r["peak_gb"], r["step_s"]) for r in marked if r["best"]] == [(8, 1.0), (4, 2.0)]
 
 
@@ -271,12 +271,12 @@ def stand_in(cfg: CompileVerb) -> dict:
 
 def test_a_search_tries_only_what_divides():
     cfg = searching()
-    tried = search.ways(cfg, find("v5e-16"))
+    tried = front.ways(cfg, find("v5e-16"))
     assert len(tried) == len(set(tried)) > 10
     for way in tried:
         assert way.data * way.fsdp * way.tensor == 16
         assert cfg.train.batch_size // way.micro_batches % (way.data * way.fsdp) == 0
-    inside = search.ways(fit.with_changes(cfg, mesh={"stage": 2}, train={"micro_batches": 4}), find("v5e-16"))
+    inside = front.ways(changes.with_changes(cfg, mesh={"stage": 2}, train={"micro_batches": 4}), find("v5e-16"))
     assert inside and all(w.data * w.fsdp * w.tensor == 8 for w in inside)  # the stages stay as they are set
 
 
@@ -287,7 +287,7 @@ def test_a_search_passes_over_what_surely_needs_more():
         seen.append(cfg)
         return stand_in(cfg)
 
-    rows = search.search(searching(), find("v5e-16"), compile_one, lambda line: None)
+    rows = front.search(searching(), find("v5e-16"), compile_one, lambda line: None)
     assert len(rows) == len(seen)
     refused = {(r["mesh"], r["remat"], r["micro_batches"]) for r in rows if not r["fits"]}
     assert ("fsdp=16", "none", 1) in refused
@@ -297,13 +297,13 @@ def test_a_search_passes_over_what_surely_needs_more():
     best = [r for r in rows if r["best"]]
     assert min(rows, key=lambda r: r["peak_gb"])["offload"] == "both" and {"both", "none"} == {r["offload"] for r in best}
     # what was passed over could not have been on the front: trying all of it gives the same one
-    every = [search.named(w) for w in search.ways(searching(), find("v5e-16"))]
+    every = [front.named(w) for w in front.ways(searching(), find("v5e-16"))]
     assert len(every) > len(rows)
 
 
 def test_a_search_that_was_killed_goes_on_from_its_results(tmp_path):
     cfg, topology = searching(tries=6, results=str(tmp_path / "found.jsonl")), find("v5e-16")
-    whole = search.search(dataclasses.replace(cfg, results=None), topology, stand_in, lambda line: None)
+    whole = front.search(dataclasses.replace(cfg, results=None), topology, stand_in, lambda line: None)
     begun = []
 
     def killed(one):
@@ -313,28 +313,28 @@ def test_a_search_that_was_killed_goes_on_from_its_results(tmp_path):
         return stand_in(one)
 
     with pytest.raises(KeyboardInterrupt):
-        search.search(cfg, topology, killed, lambda line: None)
+        front.search(cfg, topology, killed, lambda line: None)
     with (tmp_path / "found.jsonl").open("a") as file:
         file.write('{"of": "cut by the ki')
     again, said = [], []
-    rows = search.search(cfg, topology, lambda one: again.append(one) or stand_in(one), said.append)
+    rows = front.search(cfg, topology, lambda one: again.append(one) or stand_in(one), said.append)
     assert rows == whole
     assert len(again) == 4  # two of six were known
     assert said[0].startswith("3 of 6: ") and "left: " in said[1]
-    other = fit.with_changes(cfg, model={"n_layers": 8})
-    search.search(other, topology, lambda one: again.append(one) or stand_in(one), said.append)
+    other = changes.with_changes(cfg, model={"n_layers": 8})
+    front.search(other, topology, lambda one: again.append(one) or stand_in(one), said.append)
     assert len(again) == 10  # another model's results are not taken
 
 
 def test_a_file_that_no_search_wrote_is_said(tmp_path):
     (tmp_path / "other.jsonl").write_text("hello\n{}\n")
     with pytest.raises(UserError, match="line 1: is no line of a search"):
-        search.search(searching(results=str(tmp_path / "other.jsonl")), find("v5e-16"), stand_in, lambda line: None)
+        front.search(searching(results=str(tmp_path / "other.jsonl")), find("v5e-16"), stand_in, lambda line: None)
 
 
 def test_the_front_as_text_and_as_a_picture(tmp_path):
     topology = find("v5e-16")
-    rows = search.search(searching(), topology, stand_in, lambda line: None)
+    rows = front.search(searching(), topology, stand_in, lambda line: None)
     text = report_text.pareto(rows, topology)
     assert text.count("\n  * ") == sum(r["best"] for r in rows) >= 2
     for name in ("front.svg", "front.png"):
@@ -352,21 +352,21 @@ def test_offload_is_among_the_changes_that_may_make_it_fit():
         gb = 30 - 14 * (cfg.train.offload != "none")
         return {"fits": gb < 17, "memory": {"peak": gb * 1e9}, "step_s": [0, 2.0]}
 
-    cfg = fit.with_changes(settings(), train={"remat": "qkv"})
-    rows = fit.single_changes(cfg, find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}}, one, lambda line: None)
+    cfg = changes.with_changes(settings(), train={"remat": "qkv"})
+    rows = changes.single_changes(cfg, find("v5e-16"), {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}}, one, lambda line: None)
     assert [r["change"] for r in rows if r["fits"]] == ["--train.offload=optimizer"]  # the milder; `both` is not tried then
-    assert fit.offloads(fit.with_changes(cfg, train={"remat": "none"}), {"stage": 1}) == ["optimizer"]  # nothing is named
-    assert fit.offloads(cfg, {"stage": 2}) == ["optimizer"]
+    assert changes.offloads(changes.with_changes(cfg, train={"remat": "none"}), {"stage": 1}) == ["optimizer"]  # nothing is named
+    assert changes.offloads(cfg, {"stage": 2}) == ["optimizer"]
 
 
 def test_what_does_not_divide_is_not_tried():
     cfg = settings()
     whole = {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
-    assert fit.divides(cfg, whole)
+    assert changes.divides(cfg, whole)
     # as many rows as the model is wide, so that one size must not stand for the other
-    wide = fit.with_changes(cfg, model={"d_model": 48, "n_heads": 4, "d_ff": 64}, train={"batch_size": 48})
-    assert fit.divides(wide, {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}) and not fit.divides(wide, {"data": 2, "fsdp": 16, "expert": 1, "tensor": 1})
-    assert not fit.divides(wide, {"data": 16, "fsdp": 1, "expert": 1, "tensor": 3})
+    wide = changes.with_changes(cfg, model={"d_model": 48, "n_heads": 4, "d_ff": 64}, train={"batch_size": 48})
+    assert changes.divides(wide, {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}) and not changes.divides(wide, {"data": 2, "fsdp": 16, "expert": 1, "tensor": 1})
+    assert not changes.divides(wide, {"data": 16, "fsdp": 1, "expert": 1, "tensor": 3})
 
 
 def test_a_refused_program_tells_what_it_needs():

@@ -21,7 +21,7 @@ from jaxllm.train.flops import forward_flops_per_token, training_flops_per_token
 
 def main(cfg: CompileVerb) -> dict:
     """Compiles the training step of a config for a TPU topology and prints what one device would hold and do."""
-    from jaxllm.plan import fit, report_text, search
+    from jaxllm.plan import changes, front, report_text
     from jaxllm.plan.picture import check_picture, draw
 
     topology = find(cfg.topology, cfg.slices)
@@ -31,7 +31,7 @@ def main(cfg: CompileVerb) -> dict:
         check_picture(cfg.picture)
     where = libtpu()
     if cfg.search:
-        rows = search.search(cfg, topology, lambda one: compile_in_child(one, topology, where), say)
+        rows = front.search(cfg, topology, lambda one: compile_in_child(one, topology, where), say)
         print(report_text.pareto(rows, topology))
         if cfg.picture:
             draw(rows, topology, cfg.picture)
@@ -39,7 +39,7 @@ def main(cfg: CompileVerb) -> dict:
     say(f"compiling {describe(cfg)} for {topology.name}")
     found = compile_in_child(cfg, topology, where)
     if not found["fits"] and cfg.fit:
-        found["changes"] = fit.single_changes(cfg, topology, found, lambda one: compile_in_child(one, topology, where), say)
+        found["changes"] = changes.single_changes(cfg, topology, found, lambda one: compile_in_child(one, topology, where), say)
     print(report_text.whole(cfg, topology, found))
     return found
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from jaxllm import config
 from jaxllm.errors import UserError
+from jaxllm.plan.changes import divides, outcome, with_changes
 from jaxllm.plan.compile_config import CompileVerb
-from jaxllm.plan.fit import divides, outcome, with_changes
 from jaxllm.plan.topology import Topology
 
 
