@@ -51,6 +51,7 @@ class Loop:
     log: RunLog
     text: Callable[[int], Iterator[dict]] | None = None  # optimizer steps done -> batches of pretraining text
     text_loss: Callable[[Any], dict] | None = None  # params -> the language model's held-out loss
+    tasks: tuple = ()  # few_shot.Task, asked of the policy as of a base model
     player: Any = None  # turns.Player, where an environment answers the policy
     tokens: int = 0  # generated before this start
     errors: dict | None = None  # the rewards' count of samples that could not be scored, part of the data position
@@ -272,7 +273,7 @@ def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, stopping: b
 
 def evaluate(loop: Loop, state: TrainState) -> dict:
     """Returns the held-out prompts' mean score, greedy and sampled, of the policy and of its running mean where one is kept,
-    and the language model's held-out loss."""
+    and what alignment costs: the language model's held-out loss and few-shot tasks, beside the ptx coefficient."""
     cfg, found = loop.cfg, {}
     prompts = loop.held_out[: cfg.train.eval_prompts]
     kept = {"": state.params} | ({"ema_": state.opt_state["ema"]} if "ema" in state.opt_state else {})
@@ -283,7 +284,12 @@ def evaluate(loop: Loop, state: TrainState) -> dict:
             arrays, _, scored = _written(loop, prompts, 1, how, [cfg.run.seed, 2])
             found[f"eval_{name}{kind}"] = float(np.mean(scored.score_B))
             found[f"eval_{name}{kind}_ended"] = float(np.mean(arrays["ended_B"]))
-    return found | (loop.text_loss(state.params) if loop.text_loss else {})
+    tax = loop.text_loss(state.params) if loop.text_loss else {}
+    if loop.tasks:
+        loop.sampler.load(state.params)
+        for task in loop.tasks:
+            tax |= task.scores(loop.sampler)
+    return found | tax | ({"ptx_coef": cfg.ptx.coef} if tax else {})
 
 
 # ---------------------------------------------------------------- responses that wait (rollout.stale)

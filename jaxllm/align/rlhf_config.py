@@ -137,6 +137,23 @@ class PtxConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaxTask:
+    """Questions that are asked as of a base model, before, during and after: what alignment costs (Ouyang et al. 2022)."""
+
+    path: str  # JSON lines of {"question" or "prompt", "answer"}, with "choices" where there are some (docs/rlhf.md)
+    shots: list[int] = field(default_factory=lambda: [0, 1, 4])  # exemplars before each question; all are of the first rows
+    limit: int = 200  # most questions asked, spread evenly over the file; 0: all
+    answer_len: int = 16  # most tokens of an answer that is written
+
+    def __post_init__(self):
+        if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
+            raise ValueError(f"tax.NAME.shots={self.shots}: should be one number of exemplars or more, 0 or above, each once")
+        if self.limit < 0 or self.answer_len < 1:
+            raise ValueError(f"tax.NAME.limit={self.limit}, tax.NAME.answer_len={self.answer_len}: should be 0 or more, and at "
+                             "least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     clip: float | None = None  # scores are cut to this many on both sides; null: not
     normalise: bool = False  # less the running mean, over the running deviation of all scores so far
@@ -194,6 +211,7 @@ class RLHFConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     group: GroupConfig = field(default_factory=GroupConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
+    tax: dict[str, TaxTask] = field(default_factory=dict)  # few-shot tasks, by name
     train: RLTrainConfig = field(default_factory=RLTrainConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, eps=1e-5, weight_decay=0.0, schedule="constant"))
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=10))  # counts iterations

@@ -11,7 +11,7 @@ from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
 MAY_CHANGE = ("train.iterations", "train.eval_prompts", "prompts.sources.", "rollout.rows", "rollout.gap", "ptx.eval_rows",
-              "base.run")
+              "tax.", "base.run")
 SHOWN = 4  # prompts whose responses are shown
 
 
@@ -50,6 +50,7 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
     import jax
 
     from jaxllm.align.algorithms import algorithm
+    from jaxllm.align.few_shot import Task
     from jaxllm.align.rewards import Rewards
     from jaxllm.align.rl_program import build
     from jaxllm.align.rlhf import Loop, train
@@ -74,6 +75,7 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
         graph = structure(LanguageModel, cfg.model, mesh, remat=cfg.train.remat)[0]
     models = {name: reward_model(rule, mesh, tokenizer, name) for name, rule in cfg.rewards.items() if rule.kind == "model"}
     text = Text(cfg, tokenizer, mesh, graph) if cfg.ptx.sources else None
+    tasks = tuple(Task(name, task, tokenizer, cfg.model.max_seq_len) for name, task in cfg.tax.items())
     begin(cfg, config.to_dict(cfg), verb="rlhf")
 
     n_updates = cfg.train.iterations * cfg.train.epochs * cfg.train.minibatches
@@ -109,8 +111,8 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
                     decode=tokenizer.decode, score=rewards, made_of=made_of, checkpoints=checkpoints,
                     text=text.batches if text and cfg.ptx.coef else None,
                     text_loss=text.held_out_loss if text and cfg.ptx.eval_rows else None, tokens=position.get("tokens", 0),
-                    errors=rewards.errors, player=player)
-                for line in said(cfg, prompts, reference, mesh, at):
+                    errors=rewards.errors, player=player, tasks=tasks)
+                for line in said(cfg, prompts, reference, mesh, at) + [task.describe() for task in tasks]:
                     log.say(line)
                 began = time.perf_counter()
                 train(loop, state, at)
@@ -236,15 +238,20 @@ def said(cfg: RLHFConfig, prompts, reference, mesh, at: int) -> list[str]:
 
 
 def tax(folder: pathlib.Path) -> dict:
-    """Prints and returns what the run did to held-out scores and to the language model, before and after (Ouyang et al.
-    2022)."""
+    """Prints and returns what the run did to held-out scores and to what pretraining had taught (Ouyang et al. 2022)."""
     from jaxllm.report.read import read_lines
+    from jaxllm.report.summary import before_after, costs, shown_change
 
-    lines = [line for line in read_lines(folder / "metrics.jsonl")[0] if any(k.startswith("eval_") for k in line)]
-    if len(lines) < 2:
+    told = before_after(lines := read_lines(folder / "metrics.jsonl")[0])
+    if not told:
         return {}
-    first, last = lines[0], lines[-1]
-    told = {k: [first[k], last[k]] for k in last if k.startswith("eval_") and k in first}
-    for name, (before, after) in told.items():
-        print(f"  {name.removeprefix('eval_'):<24}{before:>10.4f} -> {after:.4f}  ({after - before:+.4f})", file=sys.stderr)
-    return {"before_after": told}
+    coef = next((line["ptx_coef"] for line in reversed(lines) if "ptx_coef" in line), None)
+    of_base = {name: pair for name, pair in told.items() if costs(name)}
+    for title, part in (("held-out prompts, before -> after", {k: v for k, v in told.items() if k not in of_base}),
+                        (f"alignment tax with ptx.coef={coef:g}" if coef is not None else "", of_base)):
+        if part:
+            print(title, file=sys.stderr)
+        for name, pair in part.items():
+            before, after, change = shown_change(name, *pair)
+            print(f"  {name.removeprefix('eval_'):<24}{before:>10} -> {after}  ({change})", file=sys.stderr)
+    return {"before_after": {k: list(v) for k, v in told.items()}} | ({"ptx_coef": coef} if coef is not None else {})

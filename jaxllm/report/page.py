@@ -12,7 +12,7 @@ from jaxllm.errors import UserError
 from jaxllm.report.config import ReportVerb
 from jaxllm.report.read import Run, number, read_runs
 from jaxllm.report.style import CSS
-from jaxllm.report.summary import duration, moment, summary
+from jaxllm.report.summary import before_after, costs, duration, moment, shown_change, summary
 
 INFORM = ("resumed", "config_changed", "stopped")  # incidents that are no trouble
 MAX_SAMPLED_STEPS, MAX_SAMPLE, MAX_INCIDENTS = 40, 4000, 200
@@ -53,7 +53,7 @@ def render(runs: list[Run]) -> str:
     numbered = number_incidents(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(r.name for r in runs)}"
     body = [f"<h1>{esc(title)}</h1>", subtitle(runs, sums), facts(sums[0]) if len(runs) == 1 else comparison(runs, sums),
-            curves(runs, numbered), incidents(runs, numbered), samples(runs), settings(runs),
+            tax(runs), curves(runs, numbered), incidents(runs, numbered), samples(runs), settings(runs),
             f"<footer>jaxllm {__version__}, {moment(time.time())}</footer>"]
     return document(title, body)
 
@@ -158,6 +158,27 @@ def comparison(runs: list[Run], sums: list[dict]) -> str:
     return f'<div class="card pad scroll" style="margin-top:18px"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
+def tax(runs: list[Run]) -> str:
+    """Returns what alignment did to held-out numbers, before and after: one column a run, with its ptx coefficient."""
+    told = [before_after(run.lines) for run in runs]
+    shown = [i for i, pairs in enumerate(told) if any(map(costs, pairs))]
+    if not shown:
+        return ""
+    head = "".join(f'<th class="n">{dot(i)}{esc(runs[i].name)}</th>' for i in shown) if len(runs) > 1 else "<th></th>"
+    coefs = [next((x["ptx_coef"] for x in reversed(runs[i].lines) if "ptx_coef" in x), None) for i in shown]
+    body = "<tr><td>ptx.coef</td>" + "".join(f'<td class="n">{esc("" if c is None else c)}</td>' for c in coefs) + "</tr>"
+    names = {name: None for i in shown for name in told[i]}
+    for name in sorted(names, key=costs):
+        cells = ""
+        for i in shown:
+            before, after, change = shown_change(name, *map(number, told[i][name])) if name in told[i] else ("", "", "")
+            cells += f'<td class="n">{before} → {after} <span class="quiet">{change}</span></td>' if before else "<td></td>"
+        body += f"<tr><td>{esc(name.removeprefix('eval_'))}</td>{cells}</tr>"
+    about = "Before the first iteration and at the last evaluation; of few-shot tasks, the share answered right."
+    return (f'<h2>Alignment tax</h2><p class="quiet small">{about}</p>'
+            f'<div class="card pad scroll"><table><tr><th></th>{head}</tr>{body}</table></div>')
+
+
 def dot(i: int) -> str:
     from jaxllm.report.plots import COLORS
 
@@ -182,7 +203,7 @@ def curves(runs: list[Run], numbered) -> str:
     marks = [plots.Mark(x["step"], i, str(n) if len(numbered) <= 20 else "", x.get("kind") not in INFORM)
              for n, i, x in numbered if isinstance(x.get("step"), (int, float))]
     span, drawn = plots.span_of(runs, by_tokens=by_tokens), []
-    for panel in plots.PANELS:
+    for panel in (*plots.PANELS, *plots.task_panels(runs)):
         if panel.keys == ("model_tflops_per_s",) and any(len(r.series("mfu").value) for r in runs):
             continue
         if svg := plots.draw(panel, runs, marks, span):

@@ -4,6 +4,7 @@ Colours are drawn as stand-ins that `to_svg` turns into the page's CSS variables
 """
 
 import dataclasses
+import html
 import io
 import itertools
 import math
@@ -17,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from matplotlib.transforms import ScaledTranslation
 
 from jaxllm.report.read import Run, Series, number
+from jaxllm.report.summary import task_of
 
 WIDTH, HEIGHT = 460, 230  # of the SVG's own coordinates; the page scales it
 BUCKETS = 250  # a curve keeps the least and the greatest value of each
@@ -68,6 +70,24 @@ PANELS = (
     Panel("Model FLOP utilisation", "% of the chips' peak", ("mfu",), smooth=True, percent=True, zero=True),
     Panel("Peak memory", "GB", ("host_gb", "device_gb"), note="solid: host process; dashed: fullest device", zero=True),
 )
+
+
+STROKES = ("solid", "dashed", "dotted")
+
+
+def task_panels(runs: list[Run]) -> list[Panel]:
+    """Returns a panel for each few-shot task of the runs, a curve for each number of exemplars; three at most, to be told
+    apart."""
+    shots: dict[str, dict[int, str]] = {}
+    for key in {key for run in runs for line in run.lines for key in line}:
+        if found := task_of(key):
+            shots.setdefault(found[0], {})[found[1]] = key
+    panels = []
+    for task, keys in sorted(shots.items()):
+        chosen = sorted(keys)[:2] + sorted(keys)[2:][-1:]
+        note = "; ".join(f"{stroke}: {k} exemplar{'s' * (k != 1)}" for stroke, k in zip(STROKES, chosen, strict=False))
+        panels.append(Panel(f"Task {html.escape(task)}", "% right", tuple(keys[k] for k in chosen), note=note, percent=True))
+    return panels
 
 
 @dataclasses.dataclass(frozen=True)

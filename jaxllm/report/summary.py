@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import math
+import re
 
 import numpy as np
 
@@ -29,6 +30,32 @@ def summary(run: Run) -> dict:
     out["parameters"] = run.config.get("parameters")
     out["not_finite"] = int(np.sum(~np.isfinite(loss.value))) or None
     return {k: v for k, v in out.items() if v is not None}
+
+
+def before_after(lines: list[dict]) -> dict[str, tuple[float, float]]:
+    """Returns each evaluated number before the first step and at the last evaluation; {} where the first one is missing."""
+    lines = [line for line in lines if any(k.startswith("eval_") for k in line)]
+    if len(lines) < 2 or lines[0]["step"] != 0:
+        return {}
+    return {k: (lines[0][k], lines[-1][k]) for k in lines[-1] if k.startswith("eval_") and k in lines[0]}
+
+
+def costs(name: str) -> bool:
+    """Tells whether an evaluated number is of what pretraining taught: the held-out text's loss, or a few-shot task."""
+    return name == "eval_text_loss" or task_of(name) is not None
+
+
+def task_of(name: str) -> tuple[str, int] | None:
+    """Returns (task, exemplars) of the name of a few-shot score, eval_TASK_Kshot; None for another number's."""
+    found = re.fullmatch(r"eval_(.+)_(\d+)shot", name)
+    return found and (found[1], int(found[2]))
+
+
+def shown_change(name: str, before: float, after: float) -> tuple[str, str, str]:
+    """Returns both numbers and their difference as text, "worse" beside a change for the worse of what pretraining taught."""
+    change = after - before
+    worse = costs(name) and (change > 0 if name == "eval_text_loss" else change < 0)
+    return f"{before:.4f}", f"{after:.4f}", f"{change:+.4f}{', worse' if worse else ''}"
 
 
 def planned_steps(run: Run) -> int | None:
