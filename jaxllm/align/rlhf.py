@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.align.best_of import best_rows
 from jaxllm.align.rewards import Scored
 from jaxllm.align.rl_program import RLProgram
 from jaxllm.align.rlhf_config import RLHFConfig
 from jaxllm.align.rules import Sample
+from jaxllm.align.self_consistency import answer_rule, shares_right
 from jaxllm.data.prompts import Prompt
 from jaxllm.errors import RunError, Stopped
 from jaxllm.generate.config import SampleConfig
@@ -272,18 +274,25 @@ def _aside(loop: Loop, state: TrainState, step: int, tokens: int, *, stopping: b
 
 
 def evaluate(loop: Loop, state: TrainState) -> dict:
-    """Returns the held-out prompts' mean score, greedy and sampled, of the policy and of its running mean where one is kept,
+    """Returns the held-out prompts' mean score, greedy and sampled, of the policy and of its running mean where one is kept;
+    with several samples of each, the shares of right answers (self_consistency.py) and the best sample's score;
     and what alignment costs: the language model's held-out loss and few-shot tasks, beside the ptx coefficient."""
     cfg, found = loop.cfg, {}
-    prompts = loop.held_out[: cfg.train.eval_prompts]
+    prompts, several = loop.held_out[: cfg.train.eval_prompts], cfg.train.eval_samples
+    rule = answer_rule(cfg.rewards, cfg.environment.answer if cfg.environment.kind == "answer" else None)
     kept = {"": state.params} | ({"ema_": state.opt_state["ema"]} if "ema" in state.opt_state else {})
     for name, params in kept.items() if prompts else ():
         loop.sampler.load(params)
-        for kind, temperature in (("greedy", 0.0), ("score", cfg.rollout.temperature)):
+        for kind, temperature, n in (("greedy", 0.0, 1), ("score", cfg.rollout.temperature, several)):
             how = SampleConfig(max_tokens=cfg.rollout.response_len, temperature=temperature)
-            arrays, _, scored = _written(loop, prompts, 1, how, [cfg.run.seed, 2])
+            arrays, samples, scored = _written(loop, prompts, n, how, [cfg.run.seed, 2])
             found[f"eval_{name}{kind}"] = float(np.mean(scored.score_B))
             found[f"eval_{name}{kind}_ended"] = float(np.mean(arrays["ended_B"]))
+            if several > 1 and rule is not None:
+                shares = shares_right(rule, samples, n, scored.score_B)
+                found |= {f"eval_{name}{'greedy_' if kind == 'greedy' else ''}{what}": x for what, x in shares.items()}
+            if n > 1:
+                found[f"eval_{name}best_score"] = float(np.mean(scored.score_B[best_rows(scored.score_B, group_size=n)]))
     tax = loop.text_loss(state.params) if loop.text_loss else {}
     if loop.tasks:
         loop.sampler.load(state.params)

@@ -177,10 +177,13 @@ class RLTrainConfig:
     ema: float = 0.0  # decay of a running mean of the policy's weights, a step at a time (InstructGPT: 0.992); 0: none is kept
     eval_every: int = 10  # iterations between evaluations on held-out prompts, and before the first; 0: never
     eval_prompts: int = 128  # held-out prompts an evaluation uses, the same ones each time
+    # sampled responses to each of them; 2 or more: also the share of right answers of one sample, of the majority of all
+    # (self-consistency), of the best by reward, and of any
+    eval_samples: int = 1
     sample_every: int = 10  # iterations between samples for people to read; 0: never
 
     def __post_init__(self):
-        for name in ("iterations", "epochs", "minibatches", "micro_batches", "loss_chunk", "eval_prompts"):
+        for name in ("iterations", "epochs", "minibatches", "micro_batches", "loss_chunk", "eval_prompts", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
         if not 0 <= self.ema < 1 or self.eval_every < 0 or self.sample_every < 0:

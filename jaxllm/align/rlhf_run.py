@@ -10,8 +10,8 @@ from jaxllm.align.rlhf_config import RLHFConfig
 from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
-MAY_CHANGE = ("train.iterations", "train.eval_prompts", "prompts.sources.", "rollout.rows", "rollout.gap", "ptx.eval_rows",
-              "tax.", "base.run")
+MAY_CHANGE = ("train.iterations", "train.eval_prompts", "train.eval_samples", "prompts.sources.", "rollout.rows", "rollout.gap",
+              "ptx.eval_rows", "tax.", "base.run")
 SHOWN = 4  # prompts whose responses are shown
 
 

@@ -85,6 +85,15 @@ def extracted(rule: RewardRule, response: str) -> str | None:
     return {"whole": str, "gsm8k": gsm8k_answer, "final": final_answer, "last_number": last_number}[rule.extract](response)
 
 
+def vote(rule: RewardRule, sample: Sample) -> Fraction | str | None:
+    """Returns the form that all answers have which the rule takes for the same, to count votes by; None: no answer."""
+    found = extracted(rule, sample.response) if sample.ended or not rule.must_end else None
+    if found is None or rule.compare == "verbatim":
+        return found
+    as_number = number(found) if rule.compare in ("auto", "number") else None
+    return as_number if as_number is not None or rule.compare == "number" else plain(found) or None
+
+
 def gsm8k_answer(text: str) -> str | None:
     """Returns what stands after the last "####" on its line (Cobbe et al. 2021); None where there is none."""
     return behind(text, "####")

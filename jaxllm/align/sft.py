@@ -14,7 +14,7 @@ from jaxllm.parallel.processes import is_first, start, together
 from jaxllm.train.config import ModelOfRun
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint, read_model
 
-MAY_CHANGE = ("train.epochs", "pretraining.cache", "pretraining.workers")
+MAY_CHANGE = ("train.epochs", "pretraining.cache", "pretraining.workers", "answers.")
 
 
 def main(cfg: SFTConfig) -> dict:
@@ -38,6 +38,7 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
     from jaxllm.data.instruction_input import InstructionInput, InstructionValidation, prepare
     from jaxllm.data.tokenizer import load_tokenizer
     from jaxllm.partition import row_share
+    from jaxllm.report.read import last_line
     from jaxllm.train.session import finish, session
 
     writes = is_first()
@@ -59,6 +60,7 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
     held_out = InstructionValidation(prepared, cfg.data, cfg.train.batch_size, cfg.train.eval_rows, *share)
     chat = prepared.encoder.chat_of(None)
     prompts = sample_prompts(cfg, chat)
+    asked = _questions(cfg, prepared)
     program, weights = _program(cfg, mesh, steps, begun=last_checkpoint(folder) > 0 and not cfg.run.overwrite)
     together("settings are checked")  # before the folder changes
     if writes:
@@ -67,12 +69,13 @@ def _run(cfg: SFTConfig, folder: pathlib.Path) -> dict:
     together("the run begins")
 
     def made(checkpoints, log, start):
-        run = _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer, chat, prompts, steps)
-        _say_what_runs(cfg, program, rows, run, start)
+        run = _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer, chat, prompts, asked, steps)
+        _say_what_runs(cfg, program, rows, run, asked, start)
         return run
 
     seconds = session(cfg, program, rows.made_of, made, changes=changes, steps=steps, writes=writes)
-    return finish(folder, steps, seconds, writes)
+    answered = {k: v for k, v in last_line(folder, "eval_right").items() if k.endswith("right")} if writes else {}
+    return finish(folder, steps, seconds, writes) | answered
 
 
 def _base(cfg: SFTConfig, folder: pathlib.Path) -> ModelOfRun:
@@ -81,6 +84,13 @@ def _base(cfg: SFTConfig, folder: pathlib.Path) -> ModelOfRun:
 
     own = not cfg.run.overwrite and not cfg.lora.rank and last_checkpoint(folder)
     return read_model(folder) if own and cfg.base.run and not pathlib.Path(cfg.base.run).exists() else found_base(cfg.base)
+
+
+def _questions(cfg: SFTConfig, prepared):
+    """Returns the held-out questions that are asked at evaluations, or None."""
+    from jaxllm.align.questions import Questions
+
+    return Questions(prepared, cfg.answers, cfg.model.max_seq_len, cfg.run.seed) if cfg.answers.questions else None
 
 
 def _keep_template(template: str, folder: pathlib.Path) -> None:
@@ -154,7 +164,7 @@ def _program(cfg: SFTConfig, mesh, steps: int, *, begun: bool):
     return program, lambda params: of_adapters(params, frozen) if cfg.lora.rank else params
 
 
-def _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer, chat, prompts, steps):
+def _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer, chat, prompts, asked, steps):
     """Returns the run's parts, wired together."""
     from jaxllm.generate.engine import Engine
     from jaxllm.hardware import chip
@@ -162,9 +172,15 @@ def _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer
     from jaxllm.train.loop import Run, evaluate
     from jaxllm.train.state import compute_dtype
 
+    def engine_with(params, end_id):
+        return Engine(program.graph, weights(params), cfg.model, tokenizer, program.mesh, end_id=end_id)
+
+    def measured(params):
+        found = evaluate(program, held_out, params)
+        return found | (asked.shares(partial(engine_with, params)) if asked and found else {})
+
     def sample(params, step):
-        engine = Engine(program.graph, weights(params), cfg.model, tokenizer, program.mesh, end_id=chat.end_id)
-        made = engine.generate(prompts, cfg.train.sample)
+        made = engine_with(params, chat.end_id).generate(prompts, cfg.train.sample)
         return [(prompt, one.text) for prompt, one in zip(cfg.train.sample_prompts, made, strict=True)]
 
     device = program.mesh.devices.flat[0]
@@ -173,7 +189,7 @@ def _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer
     of_all = training_flops_per_token(cfg.model, cfg.data.seq_len)
     return Run(
         program=program, batches=rows.batches, made_of=rows.made_of, checkpoints=checkpoints, log=log, steps=steps,
-        evaluate=lambda params: evaluate(program, held_out, params), sample=sample,
+        evaluate=measured, sample=sample,
         tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,
         # adapters need no gradient of the frozen matrices: a third of the work
         flops_per_token=of_all * 2 / 3 if cfg.lora.rank else of_all,
@@ -181,7 +197,7 @@ def _make_run(cfg, program, weights, rows, held_out, checkpoints, log, tokenizer
     )
 
 
-def _say_what_runs(cfg: SFTConfig, program, rows, run, start: int) -> None:
+def _say_what_runs(cfg: SFTConfig, program, rows, run, asked, start: int) -> None:
     import jax
 
     from jaxllm.train.flops import parameter_count
@@ -195,7 +211,7 @@ def _say_what_runs(cfg: SFTConfig, program, rows, run, start: int) -> None:
         f"model: {adapter}{total / 1e6:.2f} M parameters of {cfg.base.run}, template {cfg.data.template}",
         f"mesh: {mesh} ({devices.size} {devices.flat[0].device_kind})",
         f"run: steps {start + 1} to {run.steps}, {cfg.train.batch_size} rows of {cfg.data.seq_len} tokens a step",
-        rows.describe(run.steps),
+        rows.describe(run.steps), *([asked.describe()] if asked else []),
         "compiling the step",
     ):
         run.log.say(line)

@@ -1,6 +1,7 @@
 """Settings of `jaxllm sft`. No jax here."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxllm.align.config import BaseConfig, TuneConfig
 from jaxllm.data.config import Source
@@ -40,6 +41,27 @@ class PretrainingMix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    """Held-out questions that the model answers at each evaluation: the share that it gets right, and what votes add to it
+    (self-consistency, Wang et al. 2022)."""
+
+    questions: int = 0  # how many are asked, the same ones each time, spread evenly over the held-out examples; 0: none
+    samples: int = 1  # responses to each, besides the greedy one; 2 or more: also the majority's answer
+    # where the answer stands in a response and in the held-out one: all of it, behind the last "The answer is", behind the
+    # last "####", or the last number
+    extract: Literal["whole", "final", "gsm8k", "last_number"] = "final"
+    max_tokens: int = 256  # longest response
+    temperature: float = 0.7  # of the samples
+
+    def __post_init__(self):
+        for name, ok, should in (("questions", self.questions >= 0, "0 or more"), ("samples", self.samples >= 1, "at least 1"),
+                                 ("max_tokens", self.max_tokens >= 1, "at least 1"),
+                                 ("temperature", self.temperature > 0, "above 0; a greedy response is made besides")):
+            if not ok:
+                raise ValueError(f"answers.{name}={getattr(self, name)}: should be {should}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     run: RunConfig = field(default_factory=RunConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -49,6 +71,7 @@ class SFTConfig:
     data: InstructionData = field(default_factory=InstructionData)
     pretraining: PretrainingMix = field(default_factory=PretrainingMix)
     train: SFTTrain = field(default_factory=SFTTrain)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -58,6 +58,8 @@ PANELS = (
     Panel("End token", "% of responses", ("ended",), percent=True, zero=True),
     Panel("Sampler against trainer", "nats a token, log scale", ("sampler_gap",), log=True),
     Panel("Text held out of pretraining", "nats a token", ("eval_text_loss",)),
+    Panel("Right answers", "% of held-out questions", ("eval_right", "eval_majority_right", "eval_best_right"),
+          note="solid: one sample; dashed: what most samples say; dotted: the best by reward", percent=True),
     Panel("Accuracy", "% of pairs", ("accuracy", "eval_accuracy"), note="solid: training; dashed: held out", percent=True),
     Panel("Margin", "chosen less rejected reward", ("margin", "eval_margin"), note="solid: training; dashed: held out"),
     Panel("Implicit reward", "", ("chosen_reward", "rejected_reward"), note="solid: chosen answers; dashed: rejected ones"),

@@ -182,6 +182,7 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
         bits = f", {found['eval_bits_per_byte']:.4f} bits per byte" if "eval_bits_per_byte" in found else ""
         told = f", perplexity {found['eval_perplexity']:.2f}{bits}" if "eval_perplexity" in found else ""
         told += f", accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
+        told += "".join(f", {k[5:].replace('_', ' ')} {v:.3f}" for k, v in found.items() if k.endswith("right"))
         run.log.say(f"  held-out at step {step}: loss {found['eval_loss']:.4f}{told}")
     if due["sample"]:
         for prompt, text in run.sample(state.params, step):
