@@ -13,10 +13,11 @@ from flax import nnx
 from jaxllm.align import dpo
 from jaxllm.align.dpo_config import DPOVerb
 from jaxllm.align.sft_loss import whole
-from jaxllm.model.config import LoRAConfig
+from jaxllm.align.supervised import of_routers
+from jaxllm.model.config import LoRAConfig, MoEConfig
 from jaxllm.model.heads import cast
 from jaxllm.train.loss import token_logps
-from jaxllm.train.step import split
+from jaxllm.train.step import routers_loss, split
 
 
 class Reading(NamedTuple):
@@ -26,6 +27,7 @@ class Reading(NamedTuple):
     dtype: Any  # compute type
     chunk: int  # positions whose logits are held at once
     lora: LoRAConfig = LoRAConfig()  # rank 0: `params` are whole weights
+    moe: MoEConfig | None = None  # of a model with sparse layers, where it is trained: their losses count
 
 
 def logps(reading: Reading, params, frozen, token_BKT, length_BK, prompt_BK):
@@ -33,21 +35,29 @@ def logps(reading: Reading, params, frozen, token_BKT, length_BK, prompt_BK):
 
     All sequences, a prompt and an answer with padding behind, go through the model at once.
     """
+    return _logps_and_routed(reading, params, frozen, token_BKT, length_BK, prompt_BK)[:2]
+
+
+def _logps_and_routed(reading: Reading, params, frozen, token_BKT, length_BK, prompt_BK):
     B, K, T = token_BKT.shape
     token_XT, length_X1, prompt_X1 = token_BKT.reshape(B * K, T), length_BK.reshape(-1, 1), prompt_BK.reshape(-1, 1)
     model = nnx.merge(reading.graph, cast(whole(reading.lora, params, frozen), reading.dtype))
     at_1T = jnp.arange(T - 1, dtype=jnp.int32)[None]
     real_XT = at_1T < length_X1
-    x_XTD = model.hidden(token_XT[:, :-1], jnp.where(real_XT, at_1T, 0), real_XT.astype(jnp.int32))
+    x_XTD, routed_L = model.hidden_and_routed(token_XT[:, :-1], jnp.where(real_XT, at_1T, 0), real_XT.astype(jnp.int32))
     logp_XT = token_logps(x_XTD, model.head_DV(), token_XT[:, 1:], chunk=reading.chunk)
     # what position t predicts is token t + 1
     logp_X, n_X = dpo.answer_logps(logp_XT, (at_1T + 1 >= prompt_X1) & (at_1T + 1 < length_X1))
-    return logp_X.reshape(B, K), n_X.reshape(B, K)
+    return logp_X.reshape(B, K), n_X.reshape(B, K), routed_L
 
 
 def loss(reading: Reading, of_pairs, params, frozen, batch, key):
-    """Returns (Σ loss, (pairs, told)) of a batch of data/pairs.py; `of_pairs` is what `formula` returns."""
-    logp_BK, n_BK = logps(reading, params, frozen, batch["token_BKT"], batch["length_BK"], batch["prompt_BK"])
+    """Returns (Σ loss, (pairs, told)) of a batch of data/pairs.py; `of_pairs` is what `formula` returns.
+
+    Of sparse layers no expert drops tokens, as none does for the reference, and the routers' losses count once a pair.
+    """
+    arrays = batch["token_BKT"], batch["length_BK"], batch["prompt_BK"]
+    logp_BK, n_BK, routed_L = _logps_and_routed(reading, params, frozen, *arrays)
     loss_B, chosen_B, rejected_B = of_pairs(logp_BK, n_BK, batch)
     real_B = batch["real_B"]
     total, count = dpo.over_pairs(loss_B, real_B)
@@ -55,7 +65,9 @@ def loss(reading: Reading, of_pairs, params, frozen, batch, key):
     told |= {"chosen_logp": dpo.over_pairs(logp_BK[:, 0], real_B), "rejected_logp": dpo.over_pairs(logp_BK[:, 1], real_B)}
     if "baseline_B" in batch:
         told["kl"] = dpo.over_pairs(batch["baseline_B"], real_B)
-    return total, (count, told)
+    if reading.moe is not None:
+        told |= of_routers(routed_L)
+    return total + count * routers_loss(reading.moe, routed_L), (count, told)
 
 
 def formula(cfg: DPOVerb):

@@ -39,8 +39,10 @@ class DPOProgram:
             load = partial(jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, trained)), self.frozen)
         reading = Reading(self.graph, dtype, cfg.train.loss_chunk, cfg.lora)
         optimizer = make_optimizer(cfg.optim, steps)
-        made = supervised.program(self.graph, trained, partial(loss, reading, formula(cfg)), optimizer, mesh, cfg.train,
-                                  seed=cfg.run.seed, frozen=self.frozen)
+        trained_loss = partial(loss, reading._replace(moe=cfg.model.moe if cfg.model.moe.experts else None), formula(cfg))
+        made = supervised.program(self.graph, trained, trained_loss, optimizer, mesh, cfg.train, seed=cfg.run.seed,
+                                  frozen=self.frozen, held_out=partial(loss, reading, formula(cfg)),
+                                  bias_rate=cfg.model.moe.bias_rate)
         # the weights that a run starts from are read when it starts, and go when its state is made
         self.steps = dataclasses.replace(made, init=lambda: starting_from(made, load(), optimizer, cfg.run.seed).init())
         self.kto = cfg.loss == "kto"

@@ -75,12 +75,13 @@ def train(cfg: RewardVerb, folder: pathlib.Path, data, rows, tokenizer, steps: i
     from jaxllm.train.state import compute_dtype, structure
 
     mesh = mesh_of(cfg)
-    dtype = compute_dtype(cfg.train.precision, mesh.devices.flat[0].platform)
+    dtype, moe = compute_dtype(cfg.train.precision, mesh.devices.flat[0].platform), cfg.model.moe
     graph, abstract = structure(ScoreModel, cfg.model, mesh, remat=cfg.train.remat, n_scores=len(cfg.data.objectives))
     with jax.set_mesh(mesh):
         params = start_params(cfg, abstract, partial(with_trunk, params=load_weights(cfg.base, mesh)[1]))
-        prog = program(graph, params, partial(loss, graph, dtype), make_optimizer(cfg.optim, steps), mesh, cfg.train,
-                       seed=cfg.run.seed)
+        prog = program(graph, params, partial(loss, graph, dtype, moe=moe if moe.experts else None),
+                       make_optimizer(cfg.optim, steps), mesh, cfg.train, seed=cfg.run.seed, bias_rate=moe.bias_rate,
+                       held_out=partial(loss, graph, dtype))
     begin(cfg, config.to_dict(cfg), verb="reward")
 
     def made(checkpoints, log, start):
@@ -113,26 +114,38 @@ def start_params(cfg: RewardVerb, abstract, with_base):
     return with_base(jax.jit(make, out_shardings=placed)(cfg.run.seed))
 
 
-def loss(graph, dtype, params, frozen, batch, key):
-    """Returns (Σ Bradley-Terry loss, (prompts, {"accuracy": (pairs in order, pairs)})), over all objectives."""
+def loss(graph, dtype, params, frozen, batch, key, *, moe=None):
+    """Returns (Σ Bradley-Terry loss, (prompts, {"accuracy": (pairs in order, pairs)})), over all objectives.
+
+    With `moe`, as in pretraining: the balance losses of sparse layers are added, and what their routers did is told.
+    """
     import jax.numpy as jnp
 
     from jaxllm.align.bradley_terry import pair_accuracy, preference_loss
+    from jaxllm.align.supervised import of_routers
+    from jaxllm.train.step import routers_loss
 
-    score_BKO = scores(graph, dtype, params, batch)
+    score_BKO, routed_L = scores_and_routed(graph, dtype, params, batch)
     ranks = batch["rank_BK"], batch["present_BK"], batch["objective_B"]
     total_O, n_O = preference_loss(score_BKO, *ranks, margin_B=batch["margin_B"])
     right_O, pairs_O = pair_accuracy(score_BKO, *ranks)
-    return jnp.sum(total_O), (jnp.sum(n_O), {"accuracy": (jnp.sum(right_O), jnp.sum(pairs_O))})
+    n, told = jnp.sum(n_O), {"accuracy": (jnp.sum(right_O), jnp.sum(pairs_O))}
+    return jnp.sum(total_O) + n * routers_loss(moe, routed_L), (n, told | (of_routers(routed_L) if moe else {}))
 
 
 def scores(graph, dtype, params, batch):
     """Returns score_BKO of a batch of preference.Groups."""
-    from jaxllm.align.reward_model import last_scores
+    return scores_and_routed(graph, dtype, params, batch)[0]
+
+
+def scores_and_routed(graph, dtype, params, batch):
+    """Returns (score_BKO, what the routers of sparse layers did, or None)."""
+    from jaxllm.align.reward_model import last_scores_and_routed
 
     B, K, T = batch["token_BKT"].shape
-    score_XO = last_scores(graph, dtype, params, batch["token_BKT"].reshape(B * K, T), batch["length_BK"].reshape(B * K))
-    return score_XO.reshape(B, K, -1)
+    token_XT, length_X = batch["token_BKT"].reshape(B * K, T), batch["length_BK"].reshape(B * K)
+    score_XO, routed_L = last_scores_and_routed(graph, dtype, params, token_XT, length_X)
+    return score_XO.reshape(B, K, -1), routed_L
 
 
 def evaluate(prog, data, cfg: RewardVerb, params) -> dict:

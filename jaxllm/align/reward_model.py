@@ -27,12 +27,17 @@ ROWS = 64  # sequences scored at once, at most
 
 def last_scores(graph, dtype, params, token_BT, length_B):
     """Returns score_BO, float32: what a score model gives at the last token of each row; padding is behind it."""
+    return last_scores_and_routed(graph, dtype, params, token_BT, length_B)[0]
+
+
+def last_scores_and_routed(graph, dtype, params, token_BT, length_B):
+    """Returns (`last_scores`, what the routers of sparse layers did, or None)."""
     model = nnx.merge(graph, cast(params, dtype))
     at_T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None]
     real_BT = at_T < length_B[:, None]
-    score_BTO = model.scores(token_BT, jnp.where(real_BT, at_T, 0), real_BT.astype(jnp.int32))
+    score_BTO, routed_L = model.scores_and_routed(token_BT, jnp.where(real_BT, at_T, 0), real_BT.astype(jnp.int32))
     last_BT = at_T == length_B[:, None] - 1  # a masked sum, not a gather: positions may be split
-    return jnp.sum(jnp.where(last_BT[..., None], score_BTO, 0.0), axis=1)
+    return jnp.sum(jnp.where(last_BT[..., None], score_BTO, 0.0), axis=1), routed_L
 
 
 class RewardModel:

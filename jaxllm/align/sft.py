@@ -157,7 +157,8 @@ def _program(cfg: SFTConfig, mesh, steps: int, *, begun: bool):
                           cfg.model.moe if cfg.model.moe.experts else None)
     loss = partial(sft_loss, objective, cfg.train.noise, cfg.lora)
     program = supervised.program(graph, params, loss, make_optimizer(cfg.optim, steps), mesh, cfg.train, seed=cfg.run.seed,
-                                 frozen=frozen, keyed=bool(cfg.train.noise or cfg.model.dropout))
+                                 frozen=frozen, keyed=bool(cfg.train.noise or cfg.model.dropout),
+                                 bias_rate=cfg.model.moe.bias_rate)
     evaluate = jax.jit(partial(held_out_loss, objective, cfg.lora), out_shardings=replicated(mesh))
     program = dataclasses.replace(program, eval_step=lambda params, batch: evaluate(params, frozen, batch))
     of_adapters = jax.jit(partial(whole, cfg.lora))

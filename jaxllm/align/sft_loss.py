@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.align.supervised import of_routers
 from jaxllm.model.config import LoRAConfig
 from jaxllm.model.heads import cast
 from jaxllm.model.lora import merged
@@ -20,11 +21,11 @@ def whole(lora: LoRAConfig, params, frozen):
 
 
 def sft_loss(objective: Objective, noise: float, lora: LoRAConfig, params, frozen, batch, key):
-    """Returns (summed loss, (number of learned tokens, {})) of a batch; `key` turns dropout and noise on."""
+    """Returns (summed loss, (number of learned tokens, what is told)) of a batch; `key` turns dropout and noise on."""
     weights, drop_key = whole(lora, params, frozen), key if objective.dropout else None
     if not noise or key is None:
-        loss, (n, _) = loss_and_routed(objective, weights, batch, drop_key)
-        return loss, (n, {})
+        loss, (n, routed_L) = loss_and_routed(objective, weights, batch, drop_key)
+        return loss, (n, of_routers(routed_L))
     # The only cast: compute runs in `dtype`, gradients come back in float32.
     model = nnx.merge(objective.graph, cast(weights, objective.dtype))
     x_BTD = noisy(model.trunk.embed(batch["token_BT"]), batch["pos_BT"], batch["doc_BT"], noise, jax.random.fold_in(key, 1))
@@ -32,7 +33,7 @@ def sft_loss(objective: Objective, noise: float, lora: LoRAConfig, params, froze
     x_BTD, routed_L = model.layers(x_BTD, batch["pos_BT"], batch["doc_BT"], key_L, objective.capacity)
     loss, n = next_token_loss(model.trunk.norm(x_BTD), model.head_DV(), batch["target_BT"], batch["weight_BT"],
                               chunk=objective.chunk, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing)
-    return loss + n * routers_loss(objective.moe, routed_L), (n, {})
+    return loss + n * routers_loss(objective.moe, routed_L), (n, of_routers(routed_L))
 
 
 def held_out_loss(objective: Objective, lora: LoRAConfig, params, frozen, batch):

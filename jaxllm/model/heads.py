@@ -55,9 +55,13 @@ class ScoreModel(nnx.Module):
 
     def scores(self, token_BT, pos_BT, doc_BT) -> jax.Array:
         """Returns float32 [B, T, O]: the scores of each row up to and with position t."""
-        x_BTD, *_ = self.trunk(token_BT, pos_BT, self.trunk.within(doc_BT), None, None, _real(doc_BT))
+        return self.scores_and_routed(token_BT, pos_BT, doc_BT)[0]
+
+    def scores_and_routed(self, token_BT, pos_BT, doc_BT):
+        """Returns (the scores, what the routers of the sparse layers did: Routed, stacked, or None without any)."""
+        x_BTD, _, routed_L = self.trunk(token_BT, pos_BT, self.trunk.within(doc_BT), None, None, _real(doc_BT))
         y_BTO = jnp.einsum("BTD,DO->BTO", x_BTD, self.score_DO[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-        return y_BTO + self.bias_O[...].astype(jnp.float32)[None, None]
+        return y_BTO + self.bias_O[...].astype(jnp.float32)[None, None], routed_L
 
 
 def _real(doc_BT):

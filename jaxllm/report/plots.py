@@ -65,6 +65,7 @@ PANELS = (
     Panel("Implicit reward", "", ("chosen_reward", "rejected_reward"), note="solid: chosen answers; dashed: rejected ones"),
     Panel("Log-probability of answers", "nats an answer", ("chosen_logp", "rejected_logp"),
           note="solid: chosen answers; dashed: rejected ones"),
+    Panel("Expert load", "tokens of the fullest expert, times the mean", ("expert_load",), zero=True),
     Panel("Learning rate", "", ("lr",), zero=True),
     Panel("Gradient norm", "log scale", ("grad_norm",), log=True, smooth=True),
     Panel("Throughput", "tokens a second", ("tokens_per_s",), smooth=True, zero=True),
