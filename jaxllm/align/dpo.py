@@ -32,14 +32,16 @@ def preference_metrics(chosen_reward_B, rejected_reward_B, real_B) -> dict[str, 
     return {name: over_pairs(x_B, real_B) for name, x_B in named.items()}
 
 
-def dpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, *, beta, label_smoothing=0.0):
+def dpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, *, beta, label_smoothing=0.0, margin_B=None):
     """Returns losses and rewards of direct preference optimization (Rafailov et al. 2023).
 
     loss = −log σ(m), m = beta · (log π/ref of the chosen − log π/ref of the rejected). With `label_smoothing` = ε, the
-    chance that a label is wrong, it is −(1 − ε) log σ(m) − ε log σ(−m) (Mitchell 2023, cDPO).
+    chance that a label is wrong, it is −(1 − ε) log σ(m) − ε log σ(−m) (Mitchell 2023, cDPO). `margin_B`, by how much the
+    reward of the chosen should be larger, is taken from m (Amini et al. 2024, DPO with an offset).
     """
-    margin_B = beta * (k1(chosen_B, ref_chosen_B) - k1(rejected_B, ref_rejected_B))
-    loss_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_B) - label_smoothing * jax.nn.log_sigmoid(-margin_B)
+    by_B = beta * (k1(chosen_B, ref_chosen_B) - k1(rejected_B, ref_rejected_B))
+    by_B = by_B if margin_B is None else by_B - margin_B
+    loss_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(by_B) - label_smoothing * jax.nn.log_sigmoid(-by_B)
     return loss_B, *_rewards(beta * k1(chosen_B, ref_chosen_B), beta * k1(rejected_B, ref_rejected_B))
 
 
@@ -88,13 +90,14 @@ def orpo(chosen_B, rejected_B, chosen_length_B, rejected_length_B, *, weight):
     return jnp.where(both_B, loss_B, 0.0), *_rewards(chosen_B, rejected_B)
 
 
-def simpo(chosen_B, rejected_B, chosen_length_B, rejected_length_B, *, beta, gamma):
+def simpo(chosen_B, rejected_B, chosen_length_B, rejected_length_B, *, beta, gamma, margin_B=None):
     """Returns losses and rewards of simple preference optimization (Meng et al. 2024), without a reference.
 
     The reward is beta · mean log-probability of a token; loss = −log σ(reward chosen − reward rejected − gamma). A
-    pair with an empty answer has no mean and loss 0.
+    pair with an empty answer has no mean and loss 0. `margin_B` is added to gamma: the pair's own.
     """
     chosen_B, rejected_B, both_B = _means(chosen_B, rejected_B, chosen_length_B, rejected_length_B)
+    gamma = gamma if margin_B is None else gamma + margin_B
     loss_B = -jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - gamma)
     return jnp.where(both_B, loss_B, 0.0), *_rewards(beta * chosen_B, beta * rejected_B)
 

@@ -1,5 +1,6 @@
 """Settings of `jaxllm dpo`. No jax here."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ from jaxllm.mesh import MeshConfig
 from jaxllm.model.config import LoRAConfig, ModelConfig
 from jaxllm.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 
+WITH_MARGIN = ("dpo", "simpo")  # losses that have a place for a pair's margin
 WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses that compare with what another model says of the answers
 
 
@@ -90,6 +92,8 @@ class DPOVerb:
     data: PreferenceData = field(default_factory=PreferenceData)
     # of each group of ranked answers: every two with different ranks, or a best one against a worst one
     pairs: Literal["all", "best_worst"] = "all"
+    # dpo, simpo: what a line's "margin" is multiplied with; the better answer's reward should be so much larger. 0: not used
+    margin: float = 1.0
     train: TuneConfig = field(default_factory=TuneConfig)
     # rates of full tuning; adapters take ten to a hundred times as much
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, weight_decay=0.0))
@@ -97,6 +101,8 @@ class DPOVerb:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin={self.margin}: should be 0 or more, and finite")
         if self.reference.run and self.loss not in WITH_REFERENCE:
             raise ValueError(f"reference.run={self.reference.run} with loss={self.loss}, which has no reference: should be "
                              f"left out, or loss one of {', '.join(WITH_REFERENCE)}")

@@ -73,7 +73,8 @@ def loss(reading: Reading, of_pairs, params, frozen, batch, key):
 def formula(cfg: DPOVerb):
     """Returns the loss that the settings name, (logp_BK, n_BK, batch) -> (loss_B, reward of the better answer, the other's)."""
     if cfg.loss == "dpo":
-        return partial(_referred, partial(dpo.dpo, beta=cfg.dpo.beta, label_smoothing=cfg.dpo.label_smoothing))
+        of = partial(dpo.dpo, beta=cfg.dpo.beta, label_smoothing=cfg.dpo.label_smoothing)
+        return partial(_with_margin, _referred, of, cfg.margin)
     if cfg.loss == "ipo":
         return partial(_referred, partial(dpo.ipo, tau=cfg.ipo.tau))
     if cfg.loss == "kto":
@@ -81,7 +82,11 @@ def formula(cfg: DPOVerb):
                                      undesirable_weight=cfg.kto.undesirable_weight))
     if cfg.loss == "orpo":
         return partial(_alone, partial(dpo.orpo, weight=cfg.orpo.weight))
-    return partial(_alone, partial(dpo.simpo, beta=cfg.simpo.beta, gamma=cfg.simpo.gamma))
+    return partial(_with_margin, _alone, partial(dpo.simpo, beta=cfg.simpo.beta, gamma=cfg.simpo.gamma), cfg.margin)
+
+
+def _with_margin(read, of, scale: float, logp_BK, n_BK, batch):
+    return read(partial(of, margin_B=scale * batch["margin_B"]), logp_BK, n_BK, batch)
 
 
 def _referred(of, logp_BK, n_BK, batch):

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 from jaxllm import config
-from jaxllm.align.dpo_config import WITH_REFERENCE, DPOVerb
+from jaxllm.align.dpo_config import WITH_MARGIN, WITH_REFERENCE, DPOVerb
 from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.train.config import ModelOfRun
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint, read_model, tokenizer_of
@@ -41,6 +41,7 @@ def _run(cfg: DPOVerb, folder: pathlib.Path) -> dict:
     prompts = sample_prompts(cfg, chat)
     found = preference.read(cfg.data, partial(encoded, chat), tokenizer.pad_id)
     found = pairs.pairs_of(found, cfg.pairs, with_others=cfg.loss == "kto")
+    _check_margins(cfg, found)
     rows = preference.PreferenceInput(found, cfg.train.batch_size, cfg.run.seed)
     steps = cfg.train.steps or rows.steps(cfg.train.epochs or 1.0)
     changes = changes_of(cfg, config.to_dict(cfg), verb="dpo", may_change=MAY_CHANGE)
@@ -52,6 +53,14 @@ def _run(cfg: DPOVerb, folder: pathlib.Path) -> dict:
 
     start_jax()
     return align(cfg, folder, found, rows, tokenizer, chat, prompts, steps, changes)
+
+
+def _check_margins(cfg: DPOVerb, found) -> None:
+    """Raises UserError for pairs with a margin where the loss has no place for one."""
+    with_margin = sum(pair.margin > 0 for pair in found.train.of)
+    if with_margin and cfg.margin and cfg.loss not in WITH_MARGIN:
+        raise UserError(f"loss={cfg.loss}: has no margin, and {with_margin:,} of {len(found.train):,} training pairs have a "
+                        f'"margin"; --margin=0 leaves it unused, loss={" or ".join(WITH_MARGIN)} uses it')
 
 
 def _base(cfg: DPOVerb, folder: pathlib.Path) -> ModelOfRun:

@@ -61,11 +61,11 @@ class Pairs(Groups):
     def gather(self, row_B: np.ndarray, n_answers: int) -> dict[str, np.ndarray]:
         """Returns the batch of these pairs; -1: a pair of padding.
 
-        token_BKT, length_BK and prompt_BK as of groups; real_B, 0 for padding; where they are known, ref_logp_BK, the
+        token_BKT, length_BK, prompt_BK and margin_B as of groups; real_B, 0 for padding; where they are known, ref_logp_BK, the
         reference's log-probabilities of the answers, and the same of answers to other prompts (other_...).
         """
         whole = super().gather(row_B, n_answers)
-        batch = {name: whole[name] for name in ARRAYS} | {"real_B": (row_B >= 0).astype(np.float32)}
+        batch = {name: whole[name] for name in (*ARRAYS, "margin_B")} | {"real_B": (row_B >= 0).astype(np.float32)}
         if self.others is not None:
             whole = self.others.gather(row_B, n_answers)
             batch |= {f"other_{name}": whole[name] for name in ARRAYS}

@@ -208,7 +208,7 @@ def curves(runs: list[Run], numbered) -> str:
             continue
         if svg := plots.draw(panel, runs, marks, span):
             several = all(any(len(run.series(key).value) for run in runs) for key in panel.keys)
-            about = "; ".join(part for part in (panel.unit, panel.note if several else "") if part)
+            about = "; ".join(part for part in (plots.unit_of(panel, runs), panel.note if several else "") if part)
             drawn.append(f'<figure class="card"><figcaption>{panel.title} <span>{about}</span></figcaption>{svg}</figure>')
     if not drawn:
         return ""

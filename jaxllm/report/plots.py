@@ -75,6 +75,17 @@ PANELS = (
 )
 
 
+LOSS_UNITS = {"dpo": "a pair", "reward": "nats a prompt", "rlhf": "of the policy"}  # of verbs whose loss is not of tokens
+
+
+def unit_of(panel: Panel, runs: list[Run]) -> str:
+    """Returns what a panel's numbers are counted in: losses of the verbs of alignment are other things than nats a token."""
+    if panel.keys not in (("loss",), ("eval_loss",)):
+        return panel.unit
+    shown = [run for run in runs if len(run.series(panel.keys[0]).value)]
+    return ", ".join(dict.fromkeys(LOSS_UNITS.get(run.setting("verb"), panel.unit) for run in shown))
+
+
 STROKES = ("solid", "dashed", "dotted")
 
 
