@@ -28,6 +28,8 @@ class Writer:
 
         self.engine, self.step = load_engine(self.cfg.run, self.cfg.step)
         self.chat = load_chat(self.cfg.template, self.engine.tokenizer) if self.cfg.template else None
+        if self.chat:  # what ends a turn of this template; the run may have been tuned with another, or none
+            self.engine.end_id = self.chat.end_id
 
     def __call__(self, prompts: list[Prompt]) -> list[tuple[str, ...]]:
         """Returns up to n different answers of each prompt; which ones does not depend on the other prompts.
@@ -55,9 +57,11 @@ class Writer:
         return [self.engine.tokenizer.bos_id, *self.engine.tokenizer.encode(prompt)]
 
     def _text(self, one) -> str:
-        if self.chat is None or self.chat.end_id not in one.tokens:
+        """Returns an answer up to <eos>, which ends a text too where the template has an end of its own."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer.eos_id not in one.tokens:
             return one.text
-        return self.engine.tokenizer.decode(one.tokens[: one.tokens.index(self.chat.end_id)])
+        return tokenizer.decode(one.tokens[: one.tokens.index(tokenizer.eos_id)])
 
 
 class SampledItems:
