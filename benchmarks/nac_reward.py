@@ -22,7 +22,7 @@ from jaxllm.align.start import with_trunk
 from jaxllm.align.supervised import program
 from jaxllm.mesh import MeshConfig
 from jaxllm.model.heads import ScoreModel
-from jaxllm.partition import row_sharding, make_mesh
+from jaxllm.partition import make_mesh, row_sharding
 from jaxllm.train.config import OptimConfig, TrainConfig
 from jaxllm.train.optim import make_optimizer
 from jaxllm.train.state import structure
@@ -38,8 +38,9 @@ def groups_of(task, pairs) -> dict[str, np.ndarray]:
             ids = prompt + answer
             token_BKT[i, k, : len(ids)], length_BK[i, k] = ids, len(ids)
     B = len(pairs)
-    return {"token_BKT": token_BKT, "length_BK": length_BK, "rank_BK": np.tile(np.arange(2, dtype=np.int32), (B, 1)),
-            "present_BK": np.ones((B, 2), np.float32), "objective_B": np.zeros(B, np.int32), "margin_B": np.zeros(B, np.float32)}
+    rest = {"objective_B": np.zeros(B, np.int32), "margin_B": np.zeros(B, np.float32)}
+    return rest | {"token_BKT": token_BKT, "length_BK": length_BK, "rank_BK": np.tile(np.arange(2, dtype=np.int32), (B, 1)),
+                   "present_BK": np.ones((B, 2), np.float32)}
 
 
 def accuracy(prog, batches, params) -> float:
