@@ -54,6 +54,8 @@ VERBS = {
     "plan compile": Verb("jaxllm.plan.compile_config:CompileVerb", "jaxllm.plan.compile:main",
                          "plan compile CONFIG.yaml --topology=v5e-256",
                          "compile the step for TPUs that are not here; tell its memory, links and time"),
+    "plan advise": Verb("jaxllm.plan.advise_config:AdviseVerb", "jaxllm.plan.advise:main", "plan advise CONFIG.yaml",
+                        "weigh an API, an open model and one of your own: cost, break-even, what rules one out"),
     "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
     "plan schedule": Verb("jaxllm.plan.config:ScheduleVerb", "jaxllm.plan.schedule:main",
