@@ -56,7 +56,7 @@ def test_two_answers_have_one_vote_where_one_counts_as_the_other(compare):
 def test_shares_are_those_counted_by_hand():
     three = "I add. The answer is 7."
     samples = [said(x) for x in (
-        three, "The answer is 8.", "So the answer is 7.0", "no idea",  # two of four say 7: right
+        "The answer is 8.", three, "So the answer is 7.0", "no idea",  # two of four say 7: right
         "The answer is 3.", "The answer is 3", three, "The answer is 5.",  # 3 wins
         "The answer is 8.", three, three, "The answer is 8.",  # as many: the first one counts
         "?", "!", "hm", "so")]  # nobody votes
