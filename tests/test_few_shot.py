@@ -122,6 +122,22 @@ def test_an_answer_that_is_written_is_the_likeliest_first_line(policy, tmp_path)
     assert any(made.right(sampler, 0))
 
 
+@pytest.mark.slow
+def test_on_a_mesh_the_same_is_right(policy, tmp_path):
+    """Choices and written answers, on data x fsdp x tensor; batches are rounded up to the shards."""
+    prog = toy.program(MODEL, devices=8, data=2, fsdp=2, tensor=2)
+    sampler = Sampler(prog.graph, MODEL, prog.mesh, eos_id=TOKENIZER.special_id("<|end|>"), pad_id=TOKENIZER.pad_id,
+                      vocab_size=TOKENIZER.vocab_size)
+    sampler.load(policy[1])
+    pairs = [([1, 20, 30], [40, 50, 60]), ([1], [99])] * 9
+    np.testing.assert_allclose(mean_logps(sampler, pairs, TOKENIZER.pad_id), mean_logps(policy[2], pairs, TOKENIZER.pad_id), atol=2e-5)
+    choices = task(tmp_path, QUIZ, shots=[1], limit=9)
+    assert choices.right(sampler, 1) == choices.right(policy[2], 1)
+    written = task(tmp_path, [{"prompt": f"{i} and {i}:", "answer": "x"} for i in range(6)], shots=[0], answer_len=5)
+    ids = [[TOKENIZER.bos_id, *TOKENIZER.encode(item.text)] for item in written.items]
+    assert written._written(sampler, ids) == written._written(policy[2], ids)
+
+
 def test_what_is_written_after_the_first_line_does_not_count(tmp_path):
     """As where a token reaches over the line's end: the sampler cannot stop there."""
     made = task(tmp_path, [{"prompt": "2+2=", "answer": 4}, {"prompt": "3+3=", "answer": 6}], shots=[0])
