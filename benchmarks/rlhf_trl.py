@@ -61,13 +61,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as args.folder:
         loads = [os.getloadavg()[0]]
         told = {name: Side(name, args).report for name in ("teach", "export")}
+        say(f"taught in {told['teach']['sft_s']:.0f} s")
         starts, cache = {"cold": [], "warm": [], "trl": []}, f"{args.folder}/cache-0"
         for i in range(args.starts):
             for kind in starts:
                 cache = f"{args.folder}/cache-{i}"
                 side = Side("trl" if kind == "trl" else "ours", args, cache)
-                starts[kind].append({"seconds": side.started_in, "peak_gb": side.report["peak_gb"]})
+                starts[kind].append({"seconds": side.started_in, **{k: side.report[k] for k in ("cpu_s", "peak_gb")}})
                 side.close()
+                say(f"start, {kind}: {side.started_in:.2f} s")
         sides = {name: Side(name, args, cache) for name in ("ours", "trl")}
         runs = {name: [] for name in sides}
         for i in range(args.rounds + 1):
@@ -76,6 +78,7 @@ def main() -> None:
                 if i:
                     runs[name].append(found["iterations"])
             loads.append(os.getloadavg()[0])
+            say(f"round {i} of {args.rounds}")
         peaks = {name: side.report["peak_gb"] for name, side in sides.items()}
         for side in sides.values():
             side.close()
@@ -85,6 +88,10 @@ def main() -> None:
         found = {"args": vars(args), "told": told, "table": table, "starts": starts, "peak_gb": peaks, "load": loads,
                  "runs": runs}
         pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def say(text: str) -> None:
+    print(f"{text}; load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
 
 
 class Side:
@@ -156,7 +163,8 @@ def show(table, starts, peaks, runs, told, loads) -> None:
         if found:
             every = [x["seconds"] for x in found]
             print(f"start, {kind:5s} {statistics.median(every):6.2f} s to the end of the first update "
-                  f"({', '.join(f'{x:.2f}' for x in every)}), {max(x['peak_gb'] for x in found):.2f} GB"
+                  f"({', '.join(f'{x:.2f}' for x in every)}), {statistics.median(x['cpu_s'] for x in found):.1f} s of "
+                  f"processor time, {max(x['peak_gb'] for x in found):.2f} GB"
                   + ("" if kind == "trl" else "; goal 20"))
     print("memory: " + ", ".join(f"{side} {peak:.2f} GB" for side, peak in peaks.items()))
     for side, rounds in runs.items():

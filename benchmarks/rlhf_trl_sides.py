@@ -47,8 +47,10 @@ class Gate:
 
 
 def report(**told) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print("report", json.dumps(told | {"at": time.time(), "peak_gb": peak / 1e9}), flush=True)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    told |= {"at": time.time(), "cpu_s": used.ru_utime + used.ru_stime,
+             "peak_gb": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9}
+    print("report", json.dumps(told), flush=True)
 
 
 @contextlib.contextmanager
