@@ -26,6 +26,10 @@ Tokens are those of the responses, end tokens included. An iteration's time is t
 so all between is in it. Start: from starting the process to the end of its first optimizer step, in processes of their own;
 "cold" compiles everything, "warm" finds a compilation cache. Weights come from a file on both sides. Memory is the peak of the
 process's resident set. Medians; ratios are above 1 where ours is better, with the smallest and largest of the rounds.
+
+Times need a quiet machine: torch's threads wait for each other after every operation, so other work slows TRL far more than
+its share. With --threads=1 nothing waits, and the processor time of an iteration is nearly free of what else runs. To give TRL
+huge pages as well, start this with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment.
 """
 
 import argparse

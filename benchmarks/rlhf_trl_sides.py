@@ -222,8 +222,10 @@ def theirs(args) -> None:
     rows = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in prompts], "a": [a for a, _ in prompts],
                               "b": [b for _, b in prompts]})
     gate, now = Gate(), {}
+    due = iter([prompts[i : i + n] for i in range(0, len(prompts), n)])
 
     def right(completion_ids, a, b, **_):
+        assert list(zip(a, b, strict=True))[::samples] == next(due)  # ours has the same in this iteration
         for ids in completion_ids:  # the end token is in the completion, and nothing is after it
             assert ids.count(task.EOS) == (ids[-1] == task.EOS) and (ids[-1] == task.EOS or len(ids) == task.MAX_NEW), ids
         now["tokens"] = sum(map(len, completion_ids))
