@@ -49,6 +49,20 @@ def run(folder: pathlib.Path, verb: str, tree: dict) -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+def pretrained(folder: pathlib.Path, seed: int) -> None:
+    """Writes the data into a new folder, and pretrains on it a model of 0.14 M parameters into `base`."""
+    folder.mkdir(parents=True)
+    write_data(folder)
+    run(folder, "pretrain", {
+        "run": {"dir": str(folder / "base"), "seed": seed},
+        "model": {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 192, "max_seq_len": 256},
+        "data": {"sources": {"t": {"path": str(folder / "text.jsonl")}}, "seq_len": 128, "validation": 0.05,
+                 "cache": str(folder / "cache"), "workers": 1},
+        "train": {"steps": 700, "batch_size": 16, "eval_every": 700, "sample_every": 0},
+        "log": {"tensorboard": False, "every": 100}, "optim": {"lr": 3e-3, "schedule": "cosine", "warmup": 50},
+        "checkpoint": {"every": 700}})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="where data and runs go; a new one")
@@ -58,15 +72,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = pathlib.Path(args.folder)
-    folder.mkdir(parents=True)
-    write_data(folder)
-    sources, quiet = {"t": {"path": str(folder / "text.jsonl")}}, {"tensorboard": False}
-    run(folder, "pretrain", {
-        "run": {"dir": str(folder / "base"), "seed": args.seed},
-        "model": {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 192, "max_seq_len": 256},
-        "data": {"sources": sources, "seq_len": 128, "validation": 0.05, "cache": str(folder / "cache"), "workers": 1},
-        "train": {"steps": 700, "batch_size": 16, "eval_every": 700, "sample_every": 0}, "log": quiet | {"every": 100},
-        "optim": {"lr": 3e-3, "schedule": "cosine", "warmup": 50}, "checkpoint": {"every": 700}})
+    sources = {"t": {"path": str(folder / "text.jsonl")}}
+    pretrained(folder, args.seed)
     found = {}
     for coef in map(float, args.coefs.split(",")):
         found[coef] = run(folder, "rlhf", {
@@ -79,7 +86,7 @@ def main() -> None:
             "tax": {"quiz": {"path": str(folder / "quiz.jsonl"), "shots": [0, 1, 4], "answer_len": 4},
                     "choices": {"path": str(folder / "choices.jsonl"), "shots": [0, 4]}},
             "train": {"iterations": args.iterations, "eval_every": args.iterations, "eval_prompts": 40, "sample_every": 0},
-            "optim": {"lr": args.lr, "schedule": "constant"}, "log": quiet})["before_after"]
+            "optim": {"lr": args.lr, "schedule": "constant"}, "log": {"tensorboard": False}})["before_after"]
     names = ["eval_score", "eval_text_loss", *(name for name in next(iter(found.values())) if name.endswith("shot"))]
     print("| | before | " + " | ".join(f"ptx.coef {coef:g}" for coef in found) + " |\n|" + " --- |" * (2 + len(found)))
     for name in names:
