@@ -22,7 +22,7 @@ class Verb:
     function: str  # module:function(cfg) -> dict or None
     usage: str
     summary: str
-    takes: str = "config"  # what stands after the verb: config, run, runs, run or nothing, nothing
+    takes: str = "config"  # what stands after the verb: config, run, runs, run or nothing, config or nothing, nothing
 
 
 VERBS = {
@@ -56,6 +56,9 @@ VERBS = {
                          "compile the step for TPUs that are not here; tell its memory, links and time"),
     "plan advise": Verb("jaxllm.plan.advise_config:AdviseVerb", "jaxllm.plan.advise:main", "plan advise CONFIG.yaml",
                         "weigh an API, an open model and one of your own: cost, break-even, what rules one out"),
+    "plan size": Verb("jaxllm.plan.size_config:SizeVerb", "jaxllm.plan.size:main", "plan size [CONFIG.yaml]",
+                      "from a budget, data, a size, a latency or a deadline to the rest, by every scaling law",
+                      takes="config or nothing"),
     "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
     "plan schedule": Verb("jaxllm.plan.config:ScheduleVerb", "jaxllm.plan.schedule:main",
@@ -157,7 +160,9 @@ def parse(verb: Verb, argv: list[str]):
     if json_to is not None:
         _check_json(json_to)
     overrides = [f if "=" in f else f"{f}=true" for f in flags if f.partition("=")[0] != "json"]
-    if verb.takes == "config":
+    if verb.takes == "config or nothing" and not words:
+        return config.load(_find(verb.settings), None, overrides), json_to
+    if verb.takes in ("config", "config or nothing"):
         if len(words) != 1:
             raise UserError(f"expected one config file, found {words or 'none'}; usage: jaxllm {verb.usage}")
         # a run's own config.yaml is a config too: what it tells besides settings is passed over

@@ -29,6 +29,15 @@ def loss(parameters, tokens, unique, law: Parametric = MUENNIGHOFF):
     return law.loss(effective_parameters(parameters, tokens, unique, law), effective_tokens(tokens, unique))
 
 
+def loss_of(law: Parametric, parameters, tokens, unique: float | None):
+    """Returns the loss by `loss` where it is known how many tokens differ, by the plain law where it is not.
+
+    The two agree up to the size that the tokens ask for. Beyond it Muennighoff et al. let parameters count less already in
+    the first epoch, so only one of the two is used in one comparison.
+    """
+    return law.loss(parameters, tokens) if unique is None else loss(parameters, tokens, unique, law)
+
+
 def optimal(flops: float, unique: float, law: Parametric = MUENNIGHOFF) -> tuple[float, float]:
     """Returns the (N, D) of the lowest loss with 6 N D = `flops` where only `unique` tokens differ.
 

@@ -36,12 +36,6 @@ class Lifetime:
         return self.training_flops + self.serving_flops
 
 
-def compute_optimal(law: Parametric, parameters: float, served: float) -> Lifetime:
-    """Returns the model of this size that training alone would ask for, with what serving it costs."""
-    tokens = float(law.tokens_for(parameters))
-    return Lifetime(float(parameters), tokens, served, float(law.loss(parameters, tokens)))
-
-
 def cheapest(law: Parametric, loss: float, served: float) -> Lifetime:
     """Returns the model of this loss with the fewest FLOPs over training and serving `served` tokens.
 
@@ -70,7 +64,12 @@ def cheapest(law: Parametric, loss: float, served: float) -> Lifetime:
 
 def same_quality(law: Parametric, parameters: float, served: float) -> tuple[Lifetime, Lifetime]:
     """Returns (the compute-optimal model of this size, the cheapest one over its life that is as good)."""
-    usual = compute_optimal(law, parameters, served)
+    return cheapest_of_quality(law, parameters, law.tokens_for(parameters), served)
+
+
+def cheapest_of_quality(law: Parametric, parameters: float, tokens: float, served: float) -> tuple[Lifetime, Lifetime]:
+    """Returns (this model with what serving it costs, the cheapest one over its life of the same loss)."""
+    usual = Lifetime(float(parameters), float(tokens), served, float(law.loss(parameters, tokens)))
     return usual, cheapest(law, usual.loss, served)
 
 

@@ -61,7 +61,8 @@ def architecture(parameters: float, vocab_size: int, *, seq_len: int = 2048, tie
             best = cost_WL[w, depth], int(WIDTHS[w]), int(DEPTHS[depth]), int(ff_WL[w, depth]), one
     if best is None:
         raise UserError(f"parameters={parameters:.4g}: no model with widths of multiples of {UNIT} and "
-                        f"vocab_size={vocab_size:,} comes within {WITHIN:.0%}; the smallest has {smallest(vocab_size):,.0f}")
+                        f"vocab_size={vocab_size:,} comes within {WITHIN:.0%}; there are some from "
+                        f"{smallest(vocab_size):,.0f} to 1e13")
     _, width, depth, ff, one = best
     return _config(width, depth, ff, vocab_size, tied=one, seq_len=seq_len)
 
