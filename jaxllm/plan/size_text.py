@@ -42,7 +42,7 @@ def plan(found: dict) -> list[str]:
                      f"{1 / p['epochs']:,.3g} times the budget")
     more = p["flops"] / p["six_n_d"] - 1
     lines += [f"  FLOPs      {flops(p['flops']):>12}   by the formula of MFU: {more:+.0%} against 6 N D (attention, embedding)",
-              f"  loss       {p['loss']:>12.3f}   nats a token of the law's own text, by {p['loss_law']}: for comparing",
+              f"  loss       {p['loss']:>12.3f}   by {p['loss_law']}, nats a token of its own text",
               f"  model      {m['n_layers']} layers, width {m['d_model']:,}, {m['n_heads']} heads on {m['n_kv_heads']} of keys "
               f"and values, feed-forward {m['d_ff']:,}{', tied head' if m['tied'] else ''}",
               f"             {p['true_parameters']:,} parameters, {p['true_parameters'] / p['parameters'] - 1:+.1%}; "
