@@ -59,6 +59,8 @@ VERBS = {
     "plan size": Verb("jaxllm.plan.size_config:SizeVerb", "jaxllm.plan.size:main", "plan size [CONFIG.yaml]",
                       "from a budget, data, a size, a latency or a deadline to the rest, by every scaling law",
                       takes="config or nothing"),
+    "plan fit": Verb("jaxllm.plan.fit_config:FitVerb", "jaxllm.plan.fit:main", "plan fit RUN [RUN ...] | TABLE.csv",
+                     "fit the scaling laws to your own runs; predict a larger one with its interval", takes="runs"),
     "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
     "plan schedule": Verb("jaxllm.plan.config:ScheduleVerb", "jaxllm.plan.schedule:main",

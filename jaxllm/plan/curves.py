@@ -78,7 +78,8 @@ def save(plots: Sequence[Plot], path: str) -> None:
             axes.set_xscale("log" if plot.log_x else "linear")
             axes.set_yscale("log" if plot.log_y else "linear")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
+            if any(curve.label for curve in plot.curves):
+                axes.legend(frameon=False, fontsize=8)
         drawn.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
 
 

@@ -1,7 +1,6 @@
 """`jaxllm plan size`: from a budget, data, a size, a latency or a deadline to the rest, with the spread between laws."""
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -10,6 +9,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
 from jaxllm.plan import budget, failures, kaplan, laws, rental, repeat, roofline, serving, shapes, size_text, verdict
 from jaxllm.plan.budget import Rate
+from jaxllm.plan.law_file import read_law
 from jaxllm.plan.size_config import SizeVerb
 from jaxllm.plan.topology import generations, known
 from jaxllm.train.flops import parameter_count, training_flops_per_token
@@ -71,17 +71,7 @@ def chosen_law(cfg: SizeVerb) -> laws.Law:
     """Returns the law that decides; raises UserError for a file that holds none."""
     if cfg.law_file is None:
         return laws.LAWS[cfg.law]
-    try:
-        read = json.loads(pathlib.Path(cfg.law_file).read_text(encoding="utf-8"))
-        own = laws.Parametric("your fit", f"fitted to your own runs ({cfg.law_file})",
-                              **{key: float(read[key]) for key in ("E", "A", "B", "alpha", "beta")})
-    except OSError as e:
-        raise UserError(f"law_file={cfg.law_file}: cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"law_file={cfg.law_file}: should be what `jaxllm plan fit --law_file=FILE` writes: {e!r}") from None
-    if min(own.A, own.B, own.alpha, own.beta) <= 0 or own.E < 0:
-        raise UserError(f"law_file={cfg.law_file}: A, B, alpha and beta should be above 0 and E at least 0")
-    return own
+    return read_law(cfg.law_file)
 
 
 def given(cfg: SizeVerb) -> dict[str, float]:
