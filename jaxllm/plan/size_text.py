@@ -34,9 +34,8 @@ def plan(found: dict) -> list[str]:
              f"  parameters {count(p['parameters']):>12}   {p['chose_parameters']}",
              f"  tokens     {count(p['tokens']):>12}   {p['chose_tokens']}; {p['tokens_a_parameter']:.3g} a parameter"]
     if p["epochs"] > 1.0005:
-        late = "; beyond some 16 epochs little is gained" if p["epochs"] > 16 else ""
-        lines.append(f"  epochs     {p['epochs']:>12.2f}   worth {count(p['effective_tokens'])} fresh tokens "
-                     f"(Muennighoff et al. 2023){late}")
+        late = ": beyond some 16 little is gained" if p["epochs"] > 16 else " (Muennighoff et al. 2023)"
+        lines.append(f"  epochs     {p['epochs']:>12.2f}   worth {count(p['effective_tokens'])} fresh tokens{late}")
     elif p["epochs"] < 0.9995:
         lines.append(f"  epochs     {p['epochs']:>12.2f}   part of the data stays unused: all of it takes "
                      f"{1 / p['epochs']:,.3g} times the budget")
@@ -116,7 +115,7 @@ def judged(cfg: SizeVerb, found: dict) -> list[str]:
     between = f" (by the laws {v['least']:.2f} to {v['most']:.2f} times the best size{doubt})"
     lines = [*wrapped(said + between, "", first=""), "  which move helps, by the loss:"]
     for m in v["moves"]:
-        cost = "no more compute" if m["compute"] < 1.001 else f"{m['compute']:.2g} times the compute"
+        cost = "no more compute" if abs(m["compute"] - 1) < 1e-3 else f"{m['compute']:.2g} times the compute"
         change = 0.0 if abs(m["gain"]) < 5e-5 else -m["gain"]
         to = f"{count(m['parameters'])} x {count(m['tokens'])}"
         lines.append(f"    {m['loss']:.4f}  {change:+.4f}  {m['move']} ({to}): {cost}")

@@ -29,10 +29,7 @@ def best_size(law: laws.Law, flops: float, unique: float | None) -> float | None
 
 
 def moves(cfg: SizeVerb, law: laws.Law, parameters: float, tokens: float) -> list[dict]:
-    """Returns the loss after each move, and what it costs in compute; the best for each doubling of compute first.
-
-    Moves at equal compute come before all others: they are free.
-    """
+    """Returns the loss after each move, and what it costs in compute: those at equal compute first, then by their gain."""
     one = laws.parametric(law)
     unique = cfg.tokens
 
@@ -40,10 +37,11 @@ def moves(cfg: SizeVerb, law: laws.Law, parameters: float, tokens: float) -> lis
     best_n, best_d = repeat.optimal(flops, unique, one) if unique is not None else map(float, one.optimal(flops))
     rows = [("the best split of the same compute", best_n, best_d, unique),
             ("twice the tokens, the same size", parameters, 2 * tokens, unique),
-            ("twice the size, the same tokens", 2 * parameters, tokens, unique)]
+            ("twice the size, the same tokens", 2 * parameters, tokens, unique),
+            ("half the tokens, the same size", parameters, tokens / 2, unique)]
     if unique is not None and tokens > unique:
         rows.append(("twice the different tokens, the same compute", parameters, tokens, 2 * unique))
     found = [{"move": name, "parameters": float(n), "tokens": float(d), "loss": after, "gain": now - after,
               "compute": laws.FLOPS_A_TOKEN * n * d / flops} for name, n, d, u in rows
              for after in [float(repeat.loss_of(one, n, d, u))]]
-    return sorted(found, key=lambda m: (m["compute"] > 1.001, -m["gain"]))
+    return sorted(found, key=lambda m: (abs(m["compute"] - 1) > 1e-3, -m["gain"]))
