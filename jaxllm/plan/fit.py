@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from jaxllm.errors import UserError, writing
-from jaxllm.plan import fit_text, frontier, parametric
+from jaxllm.plan import fit_moe, fit_text, frontier, parametric
 from jaxllm.plan.curves import save
 from jaxllm.plan.fit_config import FitVerb
 from jaxllm.plan.law_file import contents
@@ -26,7 +26,10 @@ def main(cfg: FitVerb) -> dict:
             raise UserError(f"{path}: its folder is not there")
     if cfg.picture is not None:
         check_picture(cfg.picture)
-    found, drawn = fit(cfg, read(cfg.runs, cfg.loss))
+    points = read(cfg.runs, cfg.loss)
+    if any(run.experts > 1 for run in points.runs):
+        return fit_moe.main(cfg, points)
+    found, drawn = fit(cfg, points)
     print(fit_text.whole(cfg, found))
     if cfg.law_file is not None:
         with writing(cfg.law_file):

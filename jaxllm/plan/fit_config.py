@@ -10,10 +10,11 @@ class TargetConfig:
 
     parameters: float | None = None  # its size
     tokens: float | None = None  # its training tokens; null: as many as are best for the size
+    experts: float | None = None  # of a sparse layer, where the runs have some: 1 is dense; null: the most of the runs
     flops: float | None = None  # or its compute, 6 N D, from which the best size and tokens follow
 
     def __post_init__(self):
-        for name in ("parameters", "tokens", "flops"):
+        for name in ("parameters", "tokens", "flops", "experts"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"target.{name}={getattr(self, name):g}: should be above 0")
         if self.flops is not None and (self.parameters is not None or self.tokens is not None):

@@ -52,7 +52,7 @@ def fit(parameters, tokens, losses, *, bootstraps: int = 4000, seed: int = 0, st
     u_N, v_N, y_N = np.log(parameters), np.log(tokens), np.log(losses)
     u0, v0 = u_N.mean(), v_N.mean()
     start_SP = grid() if starts is None else np.asarray(starts, float)
-    with _float64():
+    with float64():
         run = functools.partial(_minimise, u_N=u_N - u0, v_N=v_N - v0, y_N=y_N)
         end_SP, objective_S = run(start_SP, np.ones((1, len(y_N))))
         best_P = end_SP[int(np.argmin(objective_S))]
@@ -70,7 +70,7 @@ def _constants(fitted_SP: np.ndarray, u0: float, v0: float) -> np.ndarray:
     return np.stack([np.exp(e), np.exp(a + alpha * u0), np.exp(b + beta * v0), alpha, beta], 1)
 
 
-def _float64():
+def float64():
     """Returns a context in which jax computes in float64, by the name that this version has for it."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
@@ -110,7 +110,7 @@ def _descend(start_P, weight_N, *, u_N, v_N, y_N):
         objective, slope_P, curve_PP = _normal_equations(t_P, weight_N, u_N, v_N, y_N, feature_NF)
         move_P = -_solve(curve_PP + damping * jnp.trace(curve_PP) * jnp.eye(5), slope_P)
         moved_P = t_P + move_P * jnp.minimum(1.0, 1 / jnp.max(jnp.abs(move_P)))  # no parameter moves by more than 1
-        after = jnp.sum(weight_N * _huber(jnp.log(sum(_terms(moved_P, u_N, v_N))) - y_N))
+        after = jnp.sum(weight_N * huber(jnp.log(sum(_terms(moved_P, u_N, v_N))) - y_N))
         better = after < objective
         done = jnp.where(better, objective - after < 1e-9 * objective, damping > 1e6)
         return (jnp.where(better, moved_P, t_P), jnp.clip(jnp.where(better, damping / 5, damping * 5), 1e-12, 1e8),
@@ -126,7 +126,7 @@ def _terms(t_P, u_N, v_N):
     return jnp.exp(t_P[0] - t_P[3] * u_N), jnp.exp(t_P[1] - t_P[4] * v_N), jnp.exp(t_P[2])
 
 
-def _huber(r_N):
+def huber(r_N):
     size_N = jnp.abs(r_N)
     return jnp.where(size_N < DELTA, 0.5 * r_N**2, DELTA * (size_N - 0.5 * DELTA))
 
@@ -149,7 +149,7 @@ def _normal_equations(t_P, weight_N, u_N, v_N, y_N, feature_NF):
                           [-pp[1], -pq[1], -pk[1], pp[2], pq[5]],
                           [-pq[3], -qq[3], -qk[3], pq[5], qq[4]]])
     p, q, k = ((w_N * x_N * r_N) @ feature_NF for x_N in (p_N, q_N, k_N))
-    return jnp.sum(weight_N * _huber(r_N)), jnp.array([p[0], q[0], k[0], -p[1], -q[3]]), curve_PP
+    return jnp.sum(weight_N * huber(r_N)), jnp.array([p[0], q[0], k[0], -p[1], -q[3]]), curve_PP
 
 
 def _solve(a_PP, b_P):

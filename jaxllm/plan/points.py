@@ -7,15 +7,20 @@ import pathlib
 
 import numpy as np
 
+from jaxllm import config
 from jaxllm.errors import UserError
+from jaxllm.model.config import ModelConfig
 from jaxllm.report.read import Run, is_run, read_run
 from jaxllm.report.summary import at_least, mean_of_last, planned_steps
+from jaxllm.train.flops import active_parameter_count, parameter_count
 
 COLUMNS = {  # what a CSV may call them, compared without case, spaces and underscores
-    "parameters": ("n", "params", "parameters", "modelsize", "nparams", "numparams"),
+    "parameters": ("n", "params", "parameters", "modelsize", "nparams", "numparams", "activeparameters",
+                   "activeparams"),
     "tokens": ("d", "tokens", "trainingtokens", "ntokens", "datasetsize"),
     "flops": ("c", "flops", "trainingflop", "trainingflops", "compute"),
     "loss": ("l", "loss", "finalloss", "evalloss", "valloss"),
+    "experts": ("experts", "nexperts", "numexperts"),
     "name": ("name", "run", "id", "label"),
 }
 BINS = 40  # a training curve is averaged over so many spans of tokens, even in their logarithm
@@ -28,9 +33,10 @@ class Point:
     """One finished run."""
 
     name: str
-    parameters: float
+    parameters: float  # those that a token meets
     tokens: float
     loss: float
+    experts: float = 1.0  # of a sparse layer; 1: dense
     curve: tuple[np.ndarray, np.ndarray] | None = None  # tokens and losses on the way there
 
 
@@ -79,9 +85,18 @@ def of_runs(runs: list[Run], loss: str = "auto") -> Points:
     points = []
     for run in good:
         end = run.series("eval_loss").value[-1] if held_out else mean_of_last(run.series("loss").value)
-        points.append(Point(run.name, float(run.config["parameters"]), float(run.series("loss").tokens[-1]), float(end),
-                            curve(run)))
+        experts, idle = sparse(run)
+        points.append(Point(run.name, float(run.config["parameters"] - idle), float(run.series("loss").tokens[-1]), float(end),
+                            experts, curve(run)))
     return Points(points, list(why.items()), "held-out loss" if held_out else "training loss, the mean of its end")
+
+
+def sparse(run: Run) -> tuple[float, int]:
+    """Returns (the number of experts, the parameters of those that a token does not go to): 1 and 0 of a dense model."""
+    if not (experts := run.setting("model.moe.experts")):
+        return 1.0, 0
+    cfg = config.of_tree(ModelConfig, run.config["model"] | {"vocab_size": 1}, str(run.folder / "config.yaml"))
+    return float(experts), sum(parameter_count(cfg).values()) - active_parameter_count(cfg)
 
 
 def unusable(run: Run) -> str | None:
@@ -146,9 +161,10 @@ def read_csv(path: pathlib.Path) -> Points:
         used.add(name)
         n = number(path, i, column["parameters"], row)
         d = number(path, i, column["tokens"], row) if "tokens" in column else number(path, i, column["flops"], row) / (6 * n)
+        x = number(path, i, column["experts"], row) if "experts" in column else 1.0
         y = number(path, i, column["loss"], row, lenient=True)
         if math.isfinite(y) and y > 0:
-            points.append(Point(name, n, d, y))
+            points.append(Point(name, n, d, y, x))
         else:
             excluded.append((name, f"diverged: the loss is {row[column['loss']]}"))
     return Points(points, excluded, f"{column['loss']} of {path.name}")
