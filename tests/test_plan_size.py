@@ -46,6 +46,13 @@ def test_any_two_give_the_rest(pair):
         assert t["days"] <= 10 + 1e-9 and t["chip_hours"] / ((t["chips"] - 1) * 24 or 1) > 10  # one chip fewer is too late
 
 
+def test_a_latency_bounds_the_size_and_the_budget_goes_into_tokens():
+    free, bound = plan("flops=1e23"), plan("flops=1e23", "latency_ms=5", "serving.chips=4")
+    assert bound["plan"]["parameters"] == bound["latency_cap"] < free["plan"]["parameters"]
+    assert bound["plan"]["tokens"] > free["plan"]["tokens"] and bound["plan"]["loss"] > free["plan"]["loss"]
+    assert bound["decoding"]["seconds"] == pytest.approx(0.005, rel=0.03) and bound["decoding"]["seconds"] <= 0.005
+
+
 def test_a_deadline_with_chips_is_a_budget():
     found = plan("days=30", "hardware.chips=256")
     assert found["plan"]["flops"] == pytest.approx(30 * 86400 * 256 * 197e12 * 0.4)

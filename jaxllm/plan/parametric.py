@@ -5,9 +5,9 @@ B = exp b, E = exp e), the sum and not the mean (Besiroglu et al. 2024 show wher
 log N and log D are centred first, which changes a and b only: the search is then well scaled and every one of the paper's
 4,500 starts reaches the same minimum.
 
-Each start takes damped Gauss-Newton steps on the Huber-weighted squares (Levenberg's damping, which leaves a term that
-weighs nothing at a point where it is rather than sending it away for good). Starts and bootstrap samples are rows of one
-compiled program, in float64.
+Each start takes damped Gauss-Newton steps on the Huber-weighted squares. Damping that is the same for every parameter
+(Levenberg's) and a limit on each step keep a term that weighs nothing where the search begins from being sent to where it
+never weighs anything again. Starts and bootstrap samples are rows of one compiled program, in float64.
 """
 
 # S starts or samples, N runs, P the parameters a, b, e, alpha, beta (of centred logarithms), F features of a run.
