@@ -33,10 +33,10 @@ class FitVerb:
     # name; null: all count
     stands_out: float | None = 0.06
     seed: int = 0  # of the samples
-    target: TargetConfig = field(default_factory=TargetConfig)
     law_file: str | None = None  # file to write the law into, for `jaxllm plan size --law_file=FILE`
     page: str | None = None  # file to write an HTML page with plots into
     picture: str | None = None  # file to draw the plots into, .svg, .png or .pdf
+    target: TargetConfig = field(default_factory=TargetConfig)
 
     def __post_init__(self):
         if self.bootstraps < 100:

@@ -92,10 +92,10 @@ class SizeVerb:
     law: Literal[LAW_NAMES] = "epoch"  # the scaling law that decides; all are shown
     # a law of your own runs, as `jaxllm plan fit --law_file=FILE` writes it; decides instead of `law`
     law_file: str | None = None
+    page: str | None = None  # file to write an HTML page with plots into
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
-    page: str | None = None  # file to write an HTML page with plots into
 
     def __post_init__(self):
         for name in ("flops", "chip_hours", "usd", "days", "tokens", "parameters", "latency_ms"):
