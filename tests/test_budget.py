@@ -74,10 +74,13 @@ def test_time_money_and_energy():
 def test_every_rental_figure_has_a_source_and_a_date():
     names = rental._read()["chips"]
     assert set(names) <= set(hardware.chips())
-    figures = [rental.usd_per_hour(n) for n in names] + [rental.watts(n) for n in names] + [rental.chip_hours_between_failures()]
+    priced = {n for n, one in rental._prices().items() if one.usd_per_hour is not None}
+    assert not priced & {n for n, entry in names.items() if "usd_per_hour" in entry}  # a price stands in one file
+    assert rental.usd_per_hour("H100 SXM").value == rental._prices()["H100 SXM"].usd_per_hour.value
+    figures = [rental.usd_per_hour(n) for n in [*names, *priced]] + [rental.watts(n) for n in names] + [rental.chip_hours_between_failures()]
     for figure in filter(None, figures):
         assert figure.value > 0 and figure.source.startswith("http")
-        assert datetime.date(2026, 1, 1) <= figure.date <= datetime.datetime.now(tz=datetime.UTC).date()
+        assert datetime.date(2024, 1, 1) <= figure.date <= datetime.datetime.now(tz=datetime.UTC).date()
     assert all(0 < r.mfu < 1 and r.source.startswith("http") for r in rental.reported_mfu())
     assert rental.chip_hours_between_failures().value == pytest.approx(16384 * 54 * 24 / 419, rel=0.001)
 

@@ -48,7 +48,7 @@ class Rate:
 
 
 def rate(chip: Chip, mfu: float, usd_per_hour: float | None = None, watts: float | None = None) -> Rate:
-    """Returns a chip's rate, its price and power from rental.yaml where they are not given."""
+    """Returns a chip's rate, its price and power from prices.yaml and rental.yaml where they are not given."""
     price, power = rental.usd_per_hour(chip.name), rental.watts(chip.name)
     return Rate(chip, mfu, usd_per_hour if usd_per_hour is not None else price and price.value,
                 watts if watts is not None else power and power.value)

@@ -1,4 +1,4 @@
-"""What chips cost, draw and reach, from the dated figures in rental.yaml. No jax here."""
+"""What chips cost, draw and reach, from the dated figures in prices.yaml and rental.yaml. No jax here."""
 
 import functools
 import pathlib
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import yaml
 
 from jaxllm.hardware import Figure
+from jaxllm.plan.prices import ChipPrice, read_prices
 
 
 class Reported(NamedTuple):
@@ -30,7 +31,15 @@ def _figure(value, source: str) -> Figure:
 
 def usd_per_hour(chip: str) -> Figure | None:
     """Returns what one chip of this name (as in chips.yaml) costs an hour; None: no figure is held."""
+    priced = _prices().get(chip)
+    if priced is not None and priced.usd_per_hour is not None:
+        return Figure(priced.usd_per_hour.value, priced.usd_per_hour.source, priced.usd_per_hour.date)
     return _of(chip, "usd_per_hour")
+
+
+@functools.cache
+def _prices() -> dict[str, ChipPrice]:
+    return read_prices().chips
 
 
 def watts(chip: str) -> Figure | None:

@@ -17,10 +17,10 @@ class HardwareConfig:
     # assumed model FLOP utilisation: the share of the chips' peak that the model's own FLOPs reach; the plan prints
     # published ones beside it
     mfu: float = 0.4
-    usd_per_hour: float | None = None  # of one chip; null: the dated figure of jaxllm/plan/rental.yaml
-    watts: float | None = None  # of one chip; null: that file's, where one is published
+    usd_per_hour: float | None = None  # of one chip; null: the dated figure of jaxllm/plan/prices.yaml
+    watts: float | None = None  # of one chip; null: that of rental.yaml, where one is published
     pue: float = 1.1  # energy of the whole data centre over that of the chips
-    hours_between_failures: float | None = None  # of one chip; null: that file's (Llama 3 on H100)
+    hours_between_failures: float | None = None  # of one chip; null: that of rental.yaml (Llama 3 on H100)
     save_seconds: float = 60.0  # that a checkpoint stops training for
     restart_seconds: float = 600.0  # from a failure until training goes on
     rows: int = 1  # sequences that a chip holds at once, for the estimate of its memory
