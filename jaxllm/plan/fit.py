@@ -1,5 +1,6 @@
 """`jaxllm plan fit`: scaling laws of one's own runs, by all three approaches of Hoffmann et al. 2022, with intervals."""
 
+import itertools
 import json
 import pathlib
 import time
@@ -99,14 +100,16 @@ def check_enough(points: Points) -> None:
 
 def missing(n: np.ndarray, d: np.ndarray) -> str:
     """Returns which runs would complete a grid of three sizes and three amounts of tokens around what is there."""
-    size = np.median(n) if len(n) else 10e6
-    sizes = sorted({float(f"{x:.2g}") for x in n}) or [float(f"{size:.2g}")]
-    while len(sizes) < LEAST_SIZES:
-        sizes.append(float(f"{2 * sizes[-1]:.2g}"))
-    base = float(np.median(d / n)) if len(n) else 20.0
-    ratios = (base / 4, base, base * 4)
-    have = {(float(f"{a:.2g}"), round(np.log(b / a / base) / np.log(4))) for a, b in zip(n, d, strict=True)}
-    wanted = [(s, s * r) for s in sizes for r in ratios if (s, round(np.log(r / base) / np.log(4))) not in have]
+    def padded(values, begin: float, least: int) -> list[float]:
+        out = sorted({float(f"{x:.2g}") for x in values}) or [begin]
+        while len(out) < least:
+            out.append(float(f"{2 * out[-1]:.2g}"))
+        return out
+
+    have = {(float(f"{a:.2g}"), float(f"{b:.2g}")) for a, b in zip(n, d, strict=True)}
+    sizes = padded(n, 10e6, LEAST_SIZES)
+    amounts = padded(d, 20 * sizes[0], LEAST_TOKENS)
+    wanted = [pair for pair in itertools.product(sizes, amounts) if pair not in have]
     said = ", ".join(f"{fit_text.count(a)} x {fit_text.count(b)}" for a, b in wanted[:LEAST_RUNS])
     return f"add for instance (parameters x tokens): {said}"
 
