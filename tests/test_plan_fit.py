@@ -174,6 +174,14 @@ def test_a_table_by_other_names_and_a_run_that_diverged(few_starts, tmp_path):
     assert [name for name, _ in kept["excluded"]] == ["run-77"]
 
 
+def test_what_the_runs_do_not_tell_is_said(few_starts, tmp_path):
+    n, d = (x.ravel() for x in np.meshgrid([5e4, 8e4, 1.6e5], [6e4, 1.2e5, 2.4e5]))  # close together and noisy
+    y = np.array([5.5, 5.1, 5.0, 4.4, 4.2, 4.3, 3.9, 3.4, 3.3])
+    found = run(write_csv(tmp_path / "few.csv", n, d, y), stands_out="null")
+    assert len(found["doubts"]) == 2 and "do not tell E" in found["doubts"][0]
+    assert run(write_csv(tmp_path / "many.csv", *grid_of(EPOCH, 0)))["doubts"] == []
+
+
 def test_the_command_writes_a_law_that_plan_size_reads(few_starts, tmp_path, capsys):
     path = write_csv(tmp_path / "runs.csv", *grid_of(EPOCH, 3))
     law, page, picture = tmp_path / "law.json", tmp_path / "fit.html", tmp_path / "fit.png"

@@ -17,6 +17,7 @@ from jaxllm.plan.picture import check_picture
 from jaxllm.plan.points import Points, read
 
 LEAST_RUNS, LEAST_SIZES, LEAST_TOKENS = 8, 3, 3  # five constants, and something to judge them by
+WIDE = 0.3  # an interval of the exponent that tells nothing: between Kaplan's 0.73 and Chinchilla's 0.46 are 0.27
 USUAL = 8  # times the median residual that a run may be off before it stands out
 
 
@@ -82,8 +83,21 @@ def fit(cfg: FitVerb, points: Points) -> tuple[dict, dict]:
         "starts_at_best": int(np.sum(whole.objective_S - whole.objective < 1e-6)), "bootstraps": cfg.bootstraps,
         "level": cfg.level, "prediction": predict(cfg, points, whole, approaches),
     }
+    found["doubts"] = doubts(found, float(y.min()))
     found["seconds"] = time.perf_counter() - began
     return found, {"points": points, "law": law, "samples": samples, "approaches": approaches}
+
+
+def doubts(found: dict, least_loss: float) -> list[str]:
+    """Returns what the runs do not tell, where the samples disagree too much for a reader to go by the constants."""
+    said, (low, high) = [], found["exponent_intervals"]["approach_3"]
+    if found["intervals"]["E"][0] < 0.02 * least_loss:
+        said.append("the runs do not tell E, which losses end at: larger models and more tokens would; a prediction far away "
+                    "is not to be trusted")
+    if high - low > WIDE:
+        said.append(f"the runs do not tell how the best size grows (a from {low:.2f} to {high:.2f}): they need to be farther "
+                    "apart in size and in tokens, or less noisy")
+    return said
 
 
 def check_enough(points: Points) -> None:

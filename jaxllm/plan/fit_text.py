@@ -33,8 +33,10 @@ def law(found: dict) -> list[str]:
     lines += [f"  {name:<6}{v[name]:>12.5g}   {i[name][0]:.5g} to {i[name][1]:.5g}" for name in v]
     at_best = "every one" if found["starts_at_best"] == found["starts"] else f"{found['starts_at_best']:,}"
     lines.append(f"  {found['starts']:,} starts, {at_best} within 1e-6 of the best objective; {found['seconds']:.0f} s")
-    lines.append(f"  residuals {found['residual_rms']:.2%}; farthest off: "
-                 + ", ".join(f"{w['run']} {w['off']:+.1%}" for w in found["worst"]))
+    worst = ", ".join(f"{w['run']} {w['off']:+.1%}" for w in found["worst"])
+    lines += wrapped(f"residuals {found['residual_rms']:.2%}; farthest off: {worst}", "    ", first="  ")
+    for doubt in found["doubts"]:
+        lines += wrapped(f"! {doubt}", "    ", first="  ")
     return lines
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxllm import config
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
-from jaxllm.report.read import Run, is_run, read_run
+from jaxllm.report.read import Run, is_run, read_runs
 from jaxllm.report.summary import at_least, mean_of_last, planned_steps
 from jaxllm.train.flops import active_parameter_count, parameter_count
 
@@ -68,7 +68,7 @@ def read(paths: tuple[str, ...], loss: str = "auto") -> Points:
     folders = [f for p in found for f in (sorted(x for x in p.glob("*") if is_run(x)) if p.is_dir() and not is_run(p) else [p])]
     if not folders:
         raise UserError(f"{found[0]}: holds no run folder (one with metrics.jsonl and config.yaml)")
-    return of_runs([read_run(f, str(f)) for f in dict.fromkeys(folders)], loss)
+    return of_runs(read_runs(list(dict.fromkeys(folders))), loss)
 
 
 # ---------------------------------------------------------------- run folders

@@ -18,7 +18,7 @@ def page(cfg: SizeVerb, found: dict) -> str:
     facts = [(count(p["parameters"]), "parameters"), (count(p["tokens"]), f"tokens, {p['tokens_a_parameter']:.3g} a parameter"),
              (flops(p["flops"]), "FLOPs of training"), (usd, f"{t['chip_hours']:,.0f} hours of {t['chip']}"),
              (f"{p['loss']:.3f}", f"loss by {p['loss_law']}"), (f"{d['seconds'] * 1000:.3g} ms", "a token at least, served"),
-             (f"{count(a['parameters'])} to {count(b['parameters'])}", "by the laws, for this compute")]
+             (f"{count(a['parameters'])} to {count(b['parameters'])}", "by the laws, this compute on fresh text")]
     cells = "".join(f'<div class="card"><b>{esc(v)}</b><span>{esc(name)}</span></div>' for v, name in facts)
     plots = "".join(figure(plot) for plot in plots_of(cfg, found))
     text = size_text.whole(cfg, found)
