@@ -112,13 +112,13 @@ def test_objective_is_the_paper_s_in_its_own_variables():
 
 def test_intervals_hold_what_is_true_about_as_often_as_they_say():
     inside = []
-    for seed in range(12):
+    for seed in range(8):
         n, d, y = iso(EPOCH, seed)
         found = parametric.fit(n, d, y, bootstraps=125, starts=STARTS[::5], seed=seed)
         loss_S = found.samples().loss(70e9, 1.4e12)
         low, high = np.quantile(loss_S, [0.05, 0.95])
         inside.append(low < EPOCH.loss(70e9, 1.4e12) < high)
-    assert 8 <= sum(inside) <= 12  # 10.8 of 12 by the level of 90 %
+    assert 6 <= sum(inside)  # 7.2 of 8 by the level of 90 %
 
 
 def test_a_best_size_at_the_edge_is_no_best_size():

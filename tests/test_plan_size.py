@@ -60,6 +60,14 @@ def test_a_deadline_with_chips_is_a_budget():
     assert found["training"]["failures"]["wall"] > 30 * 86400
 
 
+def test_a_run_that_fails_faster_than_it_saves_is_never_done():
+    hopeless = ["days=30", "hardware.chips=100000", "hardware.hours_between_failures=10"]
+    cfg = config.load(SizeVerb, None, hopeless)
+    found = size.plan(cfg)
+    json.dumps(found, allow_nan=False)
+    assert found["training"]["failures"]["wall"] is None and "with failures never done" in size_text.whole(cfg, found)
+
+
 def test_the_law_decides_and_the_default_is_epoch_s():
     for key in laws.LAWS:
         n = plan("flops=5.76e23", f"law={key}")["plan"]["parameters"]

@@ -55,7 +55,7 @@ def findings(cfg: FitVerb, points: Points) -> dict:
         "prediction": {"parameters": size, "tokens": tokens, "experts": experts, "flops": FLOPS_A_TOKEN * size * tokens,
                        "loss": float(law.loss(size, tokens, experts)), "law_interval": interval(loss_S),
                        "run_interval": interval(loss_S * np.exp(noise_S)),
-                       "dense_equal": law.dense_equal(size, tokens, experts),
+                       "dense_equal": equal if np.isfinite(equal := law.dense_equal(size, tokens, experts)) else None,
                        "times_the_most_compute": FLOPS_A_TOKEN * size * tokens / most},
     }
 
@@ -75,7 +75,7 @@ def text(found: dict) -> list[str]:
               f"tokens, {flops(p['flops'])} FLOPs:",
               f"  loss {p['loss']:.4f}; {level:.0%}: the law {p['law_interval'][0]:.4f} to {p['law_interval'][1]:.4f}, "
               f"one run {p['run_interval'][0]:.4f} to {p['run_interval'][1]:.4f}",
-              f"  a dense model is as good from {count(p['dense_equal'])} parameters on" if np.isfinite(p["dense_equal"])
+              f"  a dense model is as good from {count(p['dense_equal'])} parameters on" if p["dense_equal"]
               else "  no dense model is as good after so many tokens"]
     if p["times_the_most_compute"] > 30:
         lines.append(f"  ! {p['times_the_most_compute']:,.0f} times the compute of the largest run")

@@ -228,7 +228,8 @@ def training(cfg: SizeVerb, rate: Rate, model: ModelConfig, solved: Solved) -> d
     held = budget.device_bytes(model, devices=devices, rows=h.rows, seq_len=cfg.shape.seq_len, remat=cfg.shape.remat)
     return found | {
         "days": seconds / budget.DAY, "slice": smallest_slice(rate.chip.name, chips),
-        "failures": dataclasses.asdict(expected) | {"chip_hours": between, "source": told},
+        "failures": {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(expected).items()}
+        | {"chip_hours": between, "source": told},
         "device_bytes": held, "device_memory": rate.chip.memory_bytes, "fits": sum(held.values()) <= rate.chip.memory_bytes,
     }
 

@@ -69,8 +69,10 @@ def training(cfg: SizeVerb, found: dict) -> list[str]:
     else:
         f = t["failures"]
         room = f" (the smallest slice: {t['slice']})" if t["slice"] else ""
-        lines += [f"  {days(t['days'])} on {t['chips']:,} chips{room}; with failures {days(f['wall'] / DAY)}",
-                  f"  failures: one in {duration(f['between'])} on average, {f['restarts']:,.1f} restarts; save every "
+        wall = "never done" if f["wall"] is None else days(f["wall"] / DAY)
+        restarts = "" if f["restarts"] is None else f"{f['restarts']:,.1f} restarts; "
+        lines += [f"  {days(t['days'])} on {t['chips']:,} chips{room}; with failures {wall}",
+                  f"  failures: one in {duration(f['between'])} on average, {restarts}save every "
                   f"{duration(f['daly'])} (Daly; Young {duration(f['young'])}): goodput {f['goodput']:.1%}",
                   f"    one failure in {f['chip_hours']:,.0f} chip-hours: {f['source']}",
                   f"  memory of a device, about: {sum(t['device_bytes'].values()) / 1e9:.2f} of "
@@ -180,7 +182,7 @@ def size_of(n: float) -> str:
 
 
 def days(n: float) -> str:
-    return "never done" if math.isinf(n) else f"{n:,.0f} days" if n >= 100 else f"{n:.3g} days"
+    return f"{n:,.0f} days" if n >= 100 else f"{n:.3g} days"
 
 
 def duration(seconds: float) -> str:
