@@ -367,12 +367,11 @@ def test_the_verb_tells_what_comparisons_say_without_a_page(tmp_path, capsys):
 
 
 def asked(port, method, path, body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    connection.request(method, path, None if body is None else json.dumps(body), headers)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        with connection.getresponse() as answer:
+            text = answer.read().decode()
     return answer.status, json.loads(text) if answer.headers.get_content_type() == "application/json" else text
 
 

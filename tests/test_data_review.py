@@ -442,12 +442,11 @@ def served(folder, tmp_path):
 
 
 def asked(port, method, path, body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    connection.request(method, path, body if isinstance(body, (str, type(None))) else json.dumps(body), headers)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request(method, path, body if isinstance(body, (str, type(None))) else json.dumps(body), headers)
+        with connection.getresponse() as answer:
+            text = answer.read().decode()
     return answer.status, text
 
 
