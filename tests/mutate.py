@@ -611,6 +611,8 @@ FAULTS += [  # instruction data
 ]
 
 FAULTS += [  # RLHF's compiled steps
+    Fault("a run that begins anew keeps its first evaluation", "jaxllm/train/log.py", "start or -1", "start",
+          "tests/test_rlhf.py -k first_evaluation_once"),
     Fault("the trainer forgets the temperature", "jaxllm/train/loss.py", "_logits(x_BCD, head_DV) / temperature", "_logits(x_BCD, head_DV)",
           "tests/test_rlhf.py -k sampling_temperature"),
     Fault("the reference is the policy", "jaxllm/align/rl_program.py", "response_logps(models.policy, reading, reference, batch)",

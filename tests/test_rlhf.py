@@ -30,6 +30,7 @@ from jaxllm.model.formulation import REFERENCE
 from jaxllm.model.heads import LanguageModel, ScoreModel
 from jaxllm.partition import make_mesh, row_sharding
 from jaxllm.train.config import OptimConfig
+from jaxllm.train.log import RunLog
 from jaxllm.train.optim import make_optimizer
 from jaxllm.train.state import structure
 
@@ -175,6 +176,13 @@ def test_scores_are_read_penalised_normalised_and_cut_in_this_order():
     raw = given["score_B"] - 2.0 * ~given["ended_B"]
     np.testing.assert_allclose(batch["score_B"], np.clip((raw - raw.mean()) / raw.std(), -1, 1), atol=1e-5)
     assert float(moments.count) == B
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (2, [0, 1, 2])])
+def test_a_run_that_was_killed_before_its_first_checkpoint_logs_its_first_evaluation_once(start, kept, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(4)))
+    with RunLog(tmp_path, steps=6, start=start, tensorboard=False):
+        assert [line["step"] for line in runs.lines(tmp_path / "metrics.jsonl")] == kept
 
 
 # ---------------------------------------------------------------- whole runs

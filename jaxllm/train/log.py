@@ -26,7 +26,7 @@ class RunLog:
         self.terminal = sys.stderr.isatty()
         with writing(folder):
             for name in ("metrics.jsonl", "samples.jsonl"):
-                drop_lines_after(folder / name, start)
+                drop_lines_after(folder / name, start or -1)  # what begins anew evaluates before its first step again
             if tensorboard:
                 from jaxllm.train.tensorboard import Board
 
