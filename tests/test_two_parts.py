@@ -82,6 +82,8 @@ def test_what_waits_is_each_matmuls_input_and_its_results_gradient(programs):
 def beside_stages(request):
     """The same as one stage of two runs it, on devices that split its weights or its rows."""
     sizes = request.param
+    if sizes.keys() >= {"fsdp", "tensor"} and jax.__version_info__ < (0, 10):
+        pytest.skip("jax before 0.10: stage with fsdp and tensor is refused")
     n = math.prod(sizes.values())
     mesh = toy.program(dataclasses.replace(MODEL, n_layers=2), devices=2 * n, stage=2, micro_batches=2, **sizes).mesh
     layer, blocks, x_BTD, batch, g_BTD = setting(MODEL, "full")
