@@ -619,8 +619,12 @@ FAULTS += [  # RLHF's compiled steps
           "response_logps(models.policy, reading, state.params, batch)", "tests/test_rlhf.py -k sampling_temperature"),
     Fault("padding in front counts as positions", "jaxllm/align/update.py", "jnp.where(real_BS, slot_S - first_B1, 0)",
           "jnp.where(real_BS, slot_S, 0)", "tests/test_rlhf.py -k sampling_temperature"),
-    Fault("each micro-batch is divided by its own count", "jaxllm/align/update.py", "return total, (count, told)\n\n    def of_critic",
+    Fault("each micro-batch is divided by its own count", "jaxllm/align/update.py", "return total + count * routers_loss(reading.moe, routed_L), (count, told | of_routers(routed_L))\n\n    def of_critic",
           "return total / count, (jnp.ones(()), told)\n\n    def of_critic", "tests/test_rlhf.py -k 'micro_batches and dapo'"),
+    Fault("a policy's routers are not balanced", "jaxllm/align/update.py", "return total + count * routers_loss(reading.moe, routed_L), (count, told | of_routers(routed_L))\n\n    def of_critic",
+          "return total, (count, told | of_routers(routed_L))\n\n    def of_critic", "tests/test_align_moe.py -k rlhf"),
+    Fault("a critic's biases stand still", "jaxllm/align/update.py", "state[\"critic\"], mean, state[\"updates\"], reading.moe)",
+          "state[\"critic\"], mean, state[\"updates\"], None)", "tests/test_align_moe.py -k rlhf"),
     Fault("scores are cut before they are normalised", "jaxllm/align/rl_program.py", "score_B = normalised(score_B, moments)",
           "score_B = normalised(jnp.clip(score_B, -1, 1), moments)", "tests/test_rlhf.py -k in_this_order"),
 ]

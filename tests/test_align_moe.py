@@ -7,12 +7,15 @@ import jax
 import numpy as np
 import pytest
 import test_reward
+import test_rlhf
 import toy
+from flax import nnx
 
 from jaxllm.align import dpo_loss, reward, supervised
 from jaxllm.align.config import TuneConfig
 from jaxllm.align.dpo_config import DPOVerb
 from jaxllm.align.sft_loss import held_out_loss, sft_loss
+from jaxllm.align.update import places
 from jaxllm.model.config import LoRAConfig, MoEConfig
 from jaxllm.model.heads import LanguageModel, ScoreModel
 from jaxllm.model.lora import adapters
@@ -133,3 +136,38 @@ def check_balanced(mesh, graph, params, trained, plain, batch):
     assert numbers(told)["expert_load"] == pytest.approx((chosen_LE.max(-1) / chosen_LE.mean(-1)).max(), rel=1e-5)
     moved = biases(state.params) - biases(params)
     np.testing.assert_allclose(moved, 0.01 * np.sign(chosen_LE.mean(-1, keepdims=True) - chosen_LE), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_policy_and_its_critic_are_balanced_in_rlhf_too():
+    """An update's losses are those without sparse layers' own and these once for each action; each bias moves by the rate."""
+    told, states = {}, {}
+    for moe in (MOE, dataclasses.replace(MOE, balance_loss=0.0, z_loss=0.0)):
+        prog = test_rlhf.program_of(test_rlhf.settings("ppo"), model=dataclasses.replace(toy.MODEL, moe=moe))
+        with jax.set_mesh(prog.mesh):
+            begun = prog.init()
+            before = {"policy": jax.tree.map(np.asarray, begun.params), "critic": jax.tree.map(np.asarray, begun.opt_state["critic"]["params"])}
+            batch, *_ = prog.read(begun, begun.params, jax.device_put(test_rlhf.responses(), row_sharding(prog.mesh)))
+            states[moe], told[moe] = prog.update(begun, batch, np.arange(test_rlhf.B, dtype=np.int32), None)
+    loss_of = {"policy": ("policy_loss", ""), "critic": ("value_loss", "critic_")}
+    for name, kind in (("policy", LanguageModel), ("critic", ScoreModel)):
+        routed = routed_of(prog.mesh, kind, before[name], batch)
+        chosen_LE, score_LE = np.asarray(routed.chosen_E, np.float64), np.asarray(routed.score_E, np.float64)
+        balance_L = 8 * (chosen_LE * score_LE).sum(-1) / chosen_LE.sum(-1) / np.asarray(routed.tokens)
+        z_L = np.asarray(routed.log_z_squared) / np.asarray(routed.tokens)
+        loss, prefix = loss_of[name]
+        with_losses, without = (float(found[loss]) for found in told.values())
+        assert with_losses - without == pytest.approx(0.5 * balance_L.sum() + 0.1 * z_L.sum(), rel=1e-4)
+        assert float(told[MOE][f"{prefix}expert_load"]) == pytest.approx((chosen_LE.max(-1) / chosen_LE.mean(-1)).max(), rel=1e-5)
+        after = states[MOE].params if name == "policy" else states[MOE].opt_state["critic"]["params"]
+        moved = biases(after) - biases(before[name])
+        np.testing.assert_allclose(moved, 0.01 * np.sign(chosen_LE.mean(-1, keepdims=True) - chosen_LE), atol=1e-6)
+
+
+def routed_of(mesh, kind, params, batch):
+    """Returns what the routers do on all slots of a batch but the last."""
+    model = nnx.merge(structure(kind, MODEL, mesh)[0], params)
+    pos_BS, doc_BS = places(batch, test_rlhf.P + test_rlhf.R - 1, test_rlhf.P)
+    read = model.hidden_and_routed if kind is LanguageModel else model.scores_and_routed
+    with jax.set_mesh(mesh):
+        return read(batch["token_BS"][:, :-1], pos_BS, doc_BS)[1]

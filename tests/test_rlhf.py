@@ -57,21 +57,21 @@ def responses(seed: int = 0) -> dict[str, np.ndarray]:
             "ended_B": length_B < R, "score_B": rng.integers(0, 2, B).astype(np.float32)}
 
 
-def program_of(cfg: RLHFConfig, devices: int = 1, **axes):
+def program_of(cfg: RLHFConfig, devices: int = 1, *, model=toy.MODEL, **axes):
     mesh = make_mesh(MeshConfig(**({"data": 1} | axes)), jax.devices()[:devices])
-    graph, abstract = structure(LanguageModel, toy.MODEL, mesh)
+    graph, abstract = structure(LanguageModel, model, mesh)
 
     def drawn(kind, abstract):
-        made = nnx.state(kind(toy.MODEL, REFERENCE, rngs=nnx.Rngs(3)), nnx.Param)
+        made = nnx.state(kind(model, REFERENCE, rngs=nnx.Rngs(3)), nnx.Param)
         return jax.tree.map(lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, abstract)
 
     start = {"policy": drawn(LanguageModel, abstract)}
     optimizers, critic_graph = {"policy": make_optimizer(cfg.optim, 10)}, None
     if cfg.algorithm == "ppo":
-        critic_graph, abstract = structure(ScoreModel, toy.MODEL, mesh)
+        critic_graph, abstract = structure(ScoreModel, model, mesh)
         start["critic"] = drawn(ScoreModel, abstract)
         optimizers["critic"] = make_optimizer(cfg.optim, 10)
-    reading = Reading(np.dtype(np.float32), P, toy.MODEL.vocab_size - 2, cfg.rollout.temperature, 128)
+    reading = Reading(np.dtype(np.float32), P, model.vocab_size - 2, cfg.rollout.temperature, 128, model.moe if model.moe.experts else None)
     return build(cfg, Models(graph, critic_graph), start, reading, algorithm(cfg), optimizers, mesh)
 
 
@@ -162,7 +162,7 @@ def test_slots_that_no_response_fills_are_left_out_and_change_nothing():
             batch, _, told = prog.read(state, state.params, arrays)
             state, metrics = prog.update(state, batch, np.arange(B, dtype=np.int32), None)
             found.append((float(metrics["policy_loss"]), float(told["kl"]), float(metrics["value_loss"])))
-    assert trimmed(given)["token_BS"].shape == (B, P + 8)
+    assert trimmed(given)["token_BS"].shape == (B, P + 7)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
@@ -214,18 +214,23 @@ def rlhf_config(folder, base, **groups):
     return path
 
 
-NUMBERS = ("step", "tokens", "score", "kl", "policy_loss", "value_loss", "kl_coef", "entropy", "ptx_loss", "eval_score", "eval_greedy", "eval_text_loss")
+NUMBERS = ("step", "tokens", "score", "kl", "policy_loss", "value_loss", "kl_coef", "entropy", "ptx_loss", "eval_score", "eval_greedy", "eval_text_loss",
+           "eval_majority_right", "eval_any_right", "eval_sums_0shot", "eval_sums_1shot")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [
     {"algorithm": "ppo", "kl": {"controller": "adaptive", "target": 0.5, "horizon": 50}, "score": {"normalise": True}},
-    {"algorithm": "grpo"}, {"algorithm": "ppo", "rollout": {"stale": 1}}], ids=["ppo, ptx, ema", "grpo", "stale"])
+    {"algorithm": "grpo", "rewards": {"right": {"kind": "exact"}}, "train": {"eval_samples": 2}, "tax": {}},
+    {"algorithm": "ppo", "rollout": {"stale": 1}}], ids=["ppo, ptx, ema", "grpo, tax, votes", "stale"])
 def test_killed_anywhere_is_never_killed(how, base, tmp_path):
     """SIGKILL in rollouts, scoring, updates and saves: weights, critic, moments, coefficient and every logged number are as if not."""
     if "ema" in str(how) or how["algorithm"] == "ppo":
         how = how | {"train": {"ema": 0.9}, "ptx": {"coef": 0.5, "examples": 1.0, "eval_rows": 4,
                                                    "sources": {"words": {"path": str(runs.corpus(tmp_path))}}}}
+    if "tax" in how:
+        (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(8)))
+        how = how | {"tax": {"sums": {"path": str(tmp_path / "sums.jsonl"), "shots": [0, 1], "answer_len": 3}}}
     unhurt, hurt = tmp_path / "a", tmp_path / "b"
     unhurt.mkdir()
     hurt.mkdir()
@@ -241,4 +246,6 @@ def test_killed_anywhere_is_never_killed(how, base, tmp_path):
     code, text = runs.finish(runs.start("rlhf", config))
     assert code == 0, text
     assert runs.digest(hurt / "run") == runs.digest(unhurt / "run")
-    assert runs.lines(hurt / "run/metrics.jsonl", *NUMBERS) == runs.lines(unhurt / "run/metrics.jsonl", *NUMBERS)
+    logged = runs.lines(unhurt / "run/metrics.jsonl", *NUMBERS)
+    assert runs.lines(hurt / "run/metrics.jsonl", *NUMBERS) == logged
+    assert "tax" not in how or {"eval_majority_right", "eval_sums_1shot"} <= logged[0].keys()

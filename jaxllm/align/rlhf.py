@@ -26,6 +26,7 @@ from jaxllm.align.self_consistency import answer_rule, shares_right
 from jaxllm.data.prompts import Prompt
 from jaxllm.errors import RunError, Stopped
 from jaxllm.generate.config import SampleConfig
+from jaxllm.generate.engine import power_of_two
 from jaxllm.partition import row_sharding
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.log import RunLog, clock, memory
@@ -116,9 +117,10 @@ def _iteration(loop: Loop, state: TrainState, step: int, text, waiting):
     return state, line, waiting
 
 
-def trimmed(arrays: dict, step: int = 8) -> dict:
-    """Returns the arrays without response slots that no response fills, up to a multiple of `step`: each size is a program."""
+def trimmed(arrays: dict) -> dict:
+    """Returns the arrays without response slots that no response fills, but for a sixteenth: each size is a program."""
     R, P = arrays["action_BR"].shape[1], arrays["token_BS"].shape[1] - arrays["action_BR"].shape[1]
+    step = max(power_of_two(R) // 16, 1)
     kept = min(R, -(-max(int(arrays["length_B"].max()), 1) // step) * step)
     cut = {"token_BS": P + kept, "action_BR": kept, "logp_BR": kept}
     return {k: x[:, : cut[k]] if k in cut else x for k, x in arrays.items()}

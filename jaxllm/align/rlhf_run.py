@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+from functools import partial
 
 from jaxllm import config
 from jaxllm.align.rlhf_config import RLHFConfig
@@ -49,22 +50,18 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
 
     import jax
 
-    from jaxllm.align.algorithms import algorithm
     from jaxllm.align.few_shot import Task
     from jaxllm.align.rewards import Rewards
-    from jaxllm.align.rl_program import build
     from jaxllm.align.rlhf import Loop, train
     from jaxllm.align.start import load_weights, mesh_of
-    from jaxllm.align.update import Models, Reading
     from jaxllm.data import prompts as prompt_data
     from jaxllm.data.chat import load_chat
     from jaxllm.generate.continuous import Sampler
     from jaxllm.model.heads import LanguageModel
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
-    from jaxllm.train.optim import make_optimizer
     from jaxllm.train.session import finish, restore_or_init
-    from jaxllm.train.state import compute_dtype, structure
+    from jaxllm.train.state import structure
 
     mesh, chat = mesh_of(cfg), load_chat(cfg.data.template, tokenizer)
     check_rows(cfg, mesh)
@@ -78,17 +75,8 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
     tasks = tuple(Task(name, task, tokenizer, cfg.model.max_seq_len) for name, task in cfg.tax.items())
     begin(cfg, config.to_dict(cfg), verb="rlhf")
 
-    n_updates = cfg.train.iterations * cfg.train.epochs * cfg.train.minibatches
-    start, optimizers, critic_graph = {"policy": reference}, {"policy": make_optimizer(cfg.optim, n_updates)}, None
     with jax.set_mesh(mesh):
-        if cfg.algorithm == "ppo":
-            critic_graph, start["critic"] = critic_of(cfg, mesh, reference, tokenizer)
-            lr = cfg.ppo.critic_lr or cfg.optim.lr
-            optimizers["critic"] = make_optimizer(dataclasses.replace(cfg.optim, lr=lr), n_updates)
-        dtype = compute_dtype(cfg.train.precision, mesh.devices.flat[0].platform)
-        reading = Reading(dtype, cfg.prompts.prompt_len, tokenizer.vocab_size, cfg.rollout.temperature, cfg.train.loss_chunk)
-        program = build(cfg, Models(graph, critic_graph), start, reading, algorithm(cfg), optimizers, mesh,
-                        text_loss=text.loss if text and cfg.ptx.coef else None)
+        program = program_of(cfg, mesh, graph, reference, tokenizer, text)
         sampler = Sampler(graph, cfg.model, mesh, eos_id=chat.end_id, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size,
                           precision=cfg.train.precision)
         with Checkpoints(folder, cfg.checkpoint) as checkpoints, \
@@ -118,6 +106,32 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
                 train(loop, state, at)
                 log.say("")
     return finish(folder, cfg.train.iterations, time.perf_counter() - began, True) | tax(folder)
+
+
+def program_of(cfg: RLHFConfig, mesh, graph, reference, tokenizer, text):
+    """Returns the run's compiled functions: the policy starts as the reference, beside PPO's critic."""
+    from jaxllm.align.algorithms import algorithm
+    from jaxllm.align.rl_program import build
+    from jaxllm.align.update import Models, Reading
+    from jaxllm.train.optim import make_optimizer
+    from jaxllm.train.state import compute_dtype
+
+    n_updates = cfg.train.iterations * cfg.train.epochs * cfg.train.minibatches
+    start, optimizers, critic_graph = {"policy": reference}, {"policy": make_optimizer(cfg.optim, n_updates)}, None
+    if cfg.algorithm == "ppo":
+        critic_graph, start["critic"] = critic_of(cfg, mesh, reference, tokenizer)
+        lr = cfg.ppo.critic_lr or cfg.optim.lr
+        optimizers["critic"] = make_optimizer(dataclasses.replace(cfg.optim, lr=lr), n_updates)
+    dtype = compute_dtype(cfg.train.precision, mesh.devices.flat[0].platform)
+    reading = Reading(dtype, cfg.prompts.prompt_len, tokenizer.vocab_size, cfg.rollout.temperature, cfg.train.loss_chunk,
+                      sparse(cfg))
+    return build(cfg, Models(graph, critic_graph), start, reading, algorithm(cfg), optimizers, mesh,
+                 text_loss=text.loss if text and cfg.ptx.coef else None)
+
+
+def sparse(cfg: RLHFConfig):
+    """Returns the settings of the policy's sparse layers; None without any."""
+    return cfg.model.moe if cfg.model.moe.experts else None
 
 
 def as_messages(prompt) -> list[dict]:
@@ -195,7 +209,7 @@ class Text:
         from jaxllm.data.loader import TrainingInput, ValidationInput, prepare
         from jaxllm.partition import batch_parts
         from jaxllm.train.state import compute_dtype
-        from jaxllm.train.step import Objective, loss_and_routed
+        from jaxllm.train.step import Objective, eval_step, loss_and_routed
 
         data = DataConfig(sources=cfg.ptx.sources, tokenizer=cfg.data.tokenizer, seq_len=cfg.data.seq_len,
                           validation=cfg.ptx.validation)
@@ -207,14 +221,14 @@ class Text:
         n_eval = -(-max(cfg.ptx.eval_rows, 1) // parts) * parts
         self.held_out, self.mesh = ValidationInput(stores, data, n_eval, cfg.ptx.eval_rows), mesh
         dtype = compute_dtype(cfg.train.precision, mesh.devices.flat[0].platform)
-        objective = Objective(graph, dtype, cfg.train.loss_chunk, 0.0, 0.0, 0.0)
+        objective = Objective(graph, dtype, cfg.train.loss_chunk, 0.0, 0.0, 0.0, sparse(cfg))
 
         def loss(params, batch, key):
             total, (count, _) = loss_and_routed(objective, params, batch)
             return total, (count, None)
 
         self.loss, self.batches = loss, self.input.batches
-        self.eval_step = jax.jit(lambda params, batch: (lambda found: (found[0], found[1][0]))(loss(params, batch, None)))
+        self.eval_step = jax.jit(partial(eval_step, objective))
 
     def held_out_loss(self, params) -> dict:
         """Returns {"eval_text_loss": nats a token}; {} where nothing is held out."""

@@ -91,7 +91,7 @@ def routers_loss(moe: MoEConfig | None, routed_L: Routed | None):
     They are means over the tokens routed together, a micro-batch, so they count once a target: the sum and the number that
     it is divided by still fit.
     """
-    if not (moe and (moe.balance_loss or moe.z_loss)):
+    if routed_L is None or not (moe and (moe.balance_loss or moe.z_loss)):
         return jnp.zeros((), jnp.float32)
     balance_L, z_L = losses(routed_L)
     return jnp.sum(moe.balance_loss * balance_L + moe.z_loss * z_L)
