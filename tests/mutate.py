@@ -618,7 +618,7 @@ FAULTS += [  # RLHF's compiled steps
     Fault("the reference is the policy", "jaxllm/align/rl_program.py", "response_logps(models.policy, reading, reference, batch)",
           "response_logps(models.policy, reading, state.params, batch)", "tests/test_rlhf.py -k sampling_temperature"),
     Fault("padding in front counts as positions", "jaxllm/align/update.py", "jnp.where(real_BS, slot_S - first_B1, 0)",
-          "jnp.where(real_BS, slot_S, 0)", "tests/test_rlhf.py -k sampling_temperature"),
+          "jnp.where(real_BS, slot_S, 0)", "tests/test_rlhf.py -k first_token"),
     Fault("each micro-batch is divided by its own count", "jaxllm/align/update.py", "return total + count * routers_loss(reading.moe, routed_L), (count, told | of_routers(routed_L))\n\n    def of_critic",
           "return total / count, (jnp.ones(()), told)\n\n    def of_critic", "tests/test_rlhf.py -k 'micro_batches and dapo'"),
     Fault("a policy's routers are not balanced", "jaxllm/align/update.py", "return total + count * routers_loss(reading.moe, routed_L), (count, told | of_routers(routed_L))\n\n    def of_critic",

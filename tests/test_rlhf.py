@@ -23,7 +23,7 @@ from jaxllm.align.rlhf_config import (
     RolloutConfig,
     ScoreConfig,
 )
-from jaxllm.align.update import Models, Reading
+from jaxllm.align.update import Models, Reading, places
 from jaxllm.data.preference_config import PromptData
 from jaxllm.mesh import MeshConfig
 from jaxllm.model.formulation import REFERENCE
@@ -149,6 +149,12 @@ def test_what_is_read_is_the_softmax_at_the_sampling_temperature_of_the_right_mo
             kls.append(given["logp_BR"][b, :n].sum() - sum(expected))
     every = given["logp_BR"].sum(axis=1) - (np.asarray(batch["ref_logp_BR"]) * given["action_BR"]).sum(axis=1)
     assert float(told["kl"]) == pytest.approx(every.mean(), rel=1e-4) and every[:4] == pytest.approx(kls, rel=1e-4)
+
+
+def test_positions_count_from_a_prompts_first_token_and_padding_is_no_document():
+    pos_BS, doc_BS = places({"first_B": np.array([0, 4]), "length_B": np.array([2, 1])}, P + 3, P)
+    np.testing.assert_array_equal(pos_BS, [[0, 1, 2, 3, 4, 5, 6, 7, 0], [0, 0, 0, 0, 0, 1, 2, 0, 0]])
+    np.testing.assert_array_equal(doc_BS, [[1, 1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 0, 0]])
 
 
 def test_slots_that_no_response_fills_are_left_out_and_change_nothing():

@@ -11,6 +11,7 @@ from jaxllm.plan import costs
 from jaxllm.plan.advise_config import SKILLS, AdviseVerb
 from jaxllm.plan.costs import CHIPS, HOURS, SECONDS, Serving, Size
 from jaxllm.plan.prices import Api, ChipPrice, OpenModel, Prices
+from jaxllm.plan.roofline import peak
 
 NAMES = {"api": "API", "prompted": "open model, prompted", "lora": "open model, LoRA", "full": "open model, full fine-tuning",
          "continued": "open model, continued pretraining", "scratch": "own model from scratch"}
@@ -171,7 +172,7 @@ def budget_flops(cfg: AdviseVerb, prices: Prices) -> float:
     if cfg.budget.training_flops is not None:
         return cfg.budget.training_flops
     chip, price = chip_and_price(cfg, prices)
-    rate = costs.peak_flops(chip) * prices.assumed("mfu")
+    rate = peak(chip) * prices.assumed("mfu")
     granted = cfg.hardware.granted_chips * rate * cfg.hardware.granted_months * SECONDS
     if granted and cfg.budget.total_usd is None:
         return granted
@@ -221,7 +222,7 @@ def _training(flops: float, to_train: int, serving, cfg: AdviseVerb, prices: Pri
     """Returns USD and months of all training runs: on chips that are granted, then bought or rented ones."""
     if not flops:
         return 0.0, 0.0
-    h, rate = cfg.hardware, costs.peak_flops(chip) * prices.assumed("mfu")
+    h, rate = cfg.hardware, peak(chip) * prices.assumed("mfu")
     granted = h.granted_chips * rate * h.granted_months * SECONDS if h.granted_chips >= to_train else 0.0
     rest = max(flops - granted, 0.0)
     months = min(flops, granted) / (max(h.granted_chips, 1) * rate * SECONDS)

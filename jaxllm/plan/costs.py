@@ -8,10 +8,10 @@ import dataclasses
 import functools
 import math
 
-from jaxllm.errors import UserError
 from jaxllm.hardware import Chip
 from jaxllm.hardware import chips as known_chips
 from jaxllm.plan.prices import OpenModel
+from jaxllm.plan.roofline import memory_rate, peak
 
 HOURS = 730.0  # of a month
 SECONDS = HOURS * 3600
@@ -57,14 +57,6 @@ class Serving:
         return 1 / self.step_s
 
 
-def peak_flops(chip: Chip) -> float:
-    """Returns a chip's peak in 16 bits; raises UserError where chips.yaml has none."""
-    device = chip.peak_flops("bfloat16") or chip.peak_flops("float16")
-    if not device:
-        raise UserError(f"hardware.chip={chip.name}: jaxllm/chips.yaml has no peak in 16 bits for it; should be another chip")
-    return device * chip.devices
-
-
 def memory_bytes(chip: Chip) -> float:
     return chip.memory_bytes * chip.devices
 
@@ -92,8 +84,7 @@ def step_seconds(size: Size, chip: Chip, chips: int, batch: int, context: float,
     """
     met = size.parameters * (1 - (1 - size.active / size.parameters) ** batch)
     moved = met * weight_bytes + batch * context * size.cache_bytes
-    bandwidth = chip.memory_bytes_per_s * chip.devices
-    return max(moved / bandwidth, 2 * size.active * batch / peak_flops(chip)) / (chips * share)
+    return max(moved / memory_rate(chip), 2 * size.active * batch / peak(chip)) / (chips * share)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,5 +106,5 @@ def serve(size: Size, chip_name: str, chips: int, read: float, written: float, c
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if step(middle) * tokens_per_s <= 1 else (low, middle - 1)
-    first = 2 * size.active * read * (1 - cached) / (chips * peak_flops(chip) * share)
+    first = 2 * size.active * read * (1 - cached) / (chips * peak(chip) * share)
     return Serving(chips, low, step(low), first, first + written * step(low) / low)
