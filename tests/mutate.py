@@ -629,6 +629,15 @@ FAULTS += [  # RLHF's compiled steps
           "score_B = normalised(jnp.clip(score_B, -1, 1), moments)", "tests/test_rlhf.py -k in_this_order"),
 ]
 
+FAULTS += [  # runs of dpo
+    Fault("dpo trusts log-probabilities of another reference", "jaxllm/align/reference.py", "if str(found.pop(f\"of_{name}\", \"\")) != value]",
+          "if str(found.pop(f\"of_{name}\", \"\")) is None]", "tests/test_dpo_run.py -k read_once"),
+    Fault("dpo takes a reference with another tokenizer", "jaxllm/align/dpo_run.py", "    if theirs.hash != tokenizer.hash:", "    if False:",
+          "tests/test_dpo_run.py -k cannot_be_used"),
+    Fault("dpo takes a reference of another size", "jaxllm/align/dpo_run.py", "if ours[name] != other[name] and name not in", "if False and name not in",
+          "tests/test_dpo_run.py -k 'cannot_be_used or a_line'"),
+]
+
 FAULTS += [  # rewards and environments
     Fault("a score that is not finite counts", "jaxllm/align/guarded_child.py", "return score if math.isfinite(score) else", "return score if True else",
           "tests/test_rewards.py -k 'costs_no_other and nan'"),

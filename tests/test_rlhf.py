@@ -173,14 +173,14 @@ def test_slots_that_no_response_fills_are_left_out_and_change_nothing():
 
 
 def test_scores_are_read_penalised_normalised_and_cut_in_this_order():
-    cfg = settings("ppo", rollout=RolloutConfig(prompts=B, response_len=R, no_end_penalty=2.0), score=ScoreConfig(normalise=True, clip=1.0))
+    cfg = settings("ppo", rollout=RolloutConfig(prompts=B, response_len=R, no_end_penalty=5.0), score=ScoreConfig(normalise=True, clip=2.0))
     prog = program_of(cfg)
     with jax.set_mesh(prog.mesh):
         state = prog.init()
         batch, moments, _ = prog.read(state, state.params, responses())
     given = responses()
-    raw = given["score_B"] - 2.0 * ~given["ended_B"]
-    np.testing.assert_allclose(batch["score_B"], np.clip((raw - raw.mean()) / raw.std(), -1, 1), atol=1e-5)
+    raw = given["score_B"] - 5.0 * ~given["ended_B"]
+    np.testing.assert_allclose(batch["score_B"], np.clip((raw - raw.mean()) / raw.std(), -2, 2), atol=1e-5)
     assert float(moments.count) == B
 
 
