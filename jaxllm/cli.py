@@ -61,6 +61,8 @@ VERBS = {
                       takes="config or nothing"),
     "plan fit": Verb("jaxllm.plan.fit_config:FitVerb", "jaxllm.plan.fit:main", "plan fit RUN [RUN ...] | TABLE.csv",
                      "fit the scaling laws to your own runs; predict a larger one with its interval", takes="runs"),
+    "plan ladder": Verb("jaxllm.plan.ladder_config:LadderVerb", "jaxllm.plan.ladder:main", "plan ladder CONFIG.yaml",
+                        "make a family of small runs on your text, fit the laws to them, and foretell the largest one"),
     "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
     "plan schedule": Verb("jaxllm.plan.config:ScheduleVerb", "jaxllm.plan.schedule:main",
@@ -213,6 +215,6 @@ def _find(reference: str):
 def entry_point() -> None:
     """What the installed `jaxllm` script and `python -m jaxllm` call: a command that computes gets huge pages first."""
     computing = ("pretrain", "sft", "reward", "dpo", "rlhf", "generate", "chat")
-    if "--help" not in sys.argv and sys.argv[1:2] and sys.argv[1] in computing:
+    if "--help" not in sys.argv and ((sys.argv[1:2] and sys.argv[1] in computing) or sys.argv[1:3] == ["plan", "ladder"]):
         use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -1,28 +1,19 @@
-"""A law of one's own runs as a JSON file: `jaxllm plan fit` writes it, whoever compares with it reads it. No jax here."""
+"""A law of one's own runs as a JSON file: `jaxllm plan fit` and `plan ladder` write it, whoever compares with it reads it.
 
-import json
-import pathlib
+No jax here.
+"""
 
-from jaxllm.errors import UserError
 from jaxllm.plan.laws import Parametric
+from jaxllm.report.law import read_constants
 
 
 def contents(found: dict) -> dict:
-    """Returns what a law file holds: the constants first, then where they are from."""
+    """Returns what a law file holds: the constants first, then where they are from, and the curves that runs are watched by."""
     keys = ("intervals", "level", "runs", "range", "loss", "residual_rms", "excluded")
-    return found["law"] | {key: found[key] for key in keys}
+    return found["law"] | {key: found[key] for key in keys} | ({"watch": found["watch"]} if found.get("watch") else {})
 
 
 def read_law(path) -> Parametric:
     """Returns the law of a law file, for those who compare a run with it; raises UserError for a file that holds none."""
-    try:
-        held = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        own = Parametric("your fit", f"fitted to your own runs ({path})",
-                         **{key: float(held[key]) for key in ("E", "A", "B", "alpha", "beta")})
-    except OSError as e:
-        raise UserError(f"law_file={path}: cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"law_file={path}: should be what `jaxllm plan fit --law_file=FILE` writes: {e!r}") from None
-    if min(own.A, own.B, own.alpha, own.beta) <= 0 or own.E < 0:
-        raise UserError(f"law_file={path}: A, B, alpha and beta should be above 0 and E at least 0")
-    return own
+    constants, _ = read_constants(path, "law_file")
+    return Parametric("your fit", f"fitted to your own runs ({path})", **constants)

@@ -14,7 +14,7 @@ from jaxllm.report.read import Run, number, read_runs
 from jaxllm.report.style import CSS
 from jaxllm.report.summary import before_after, costs, duration, moment, shown_change, summary
 
-INFORM = ("resumed", "config_changed", "stopped")  # incidents that are no trouble
+INFORM = ("resumed", "config_changed", "stopped", "as_the_law_says", "caught_up")  # incidents that are no trouble
 MAX_SAMPLED_STEPS, MAX_SAMPLE, MAX_INCIDENTS = 40, 4000, 200
 
 
@@ -87,8 +87,24 @@ def subtitle(runs: list[Run], sums: list[dict]) -> str:
         said.append(f"last line {moment(times[-1])}")
     if commit := runs[0].config.get("commit"):
         said.append(f"commit {esc(commit)[:10]}{' with changes' if str(commit).endswith('+changes') else ''}")
+    part, calm = against_the_law(runs[0])
+    if part:
+        said.append(esc(part) if calm else f'<span class="alarm">{esc(part)}</span>')
     said += trouble(runs[0], sums[0])
     return f'<p class="quiet">{" · ".join(said)}</p>'
+
+
+def against_the_law(run: Run) -> tuple[str, bool]:
+    """Returns (how a run that was watched stands to its law, whether that is no trouble); "" where it was not."""
+    excess = run.series("law_excess")
+    told = [x for x in run.incidents if x.get("kind") in ("falls_behind", "caught_up", "ended_behind", "as_the_law_says")]
+    if told and told[-1]["kind"] in ("ended_behind", "as_the_law_says"):
+        held_out, law = run.series("eval_loss").value, run.series("law_loss").value
+        if len(held_out) and len(law):
+            return f"ended {held_out[-1] / law[-1] - 1:+.1%} from its law", told[-1]["kind"] == "as_the_law_says"
+    if told and told[-1]["kind"] == "falls_behind":
+        return f"behind its law since step {told[-1].get('step')}", False
+    return (f"in line with its law, {excess.value[-1]:+.1%} from it", True) if len(excess.value) else ("", True)
 
 
 def state(s: dict) -> str:

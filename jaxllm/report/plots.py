@@ -41,9 +41,12 @@ class Panel:
     zero: bool = False  # the axis begins at 0, so that noise does not look like change
 
 
+LAW = "dashed: what the law says of a run that ends there"
 PANELS = (
-    Panel("Training loss", "nats a token", ("loss",), smooth=True),
-    Panel("Held-out loss", "nats a token", ("eval_loss",)),
+    Panel("Training loss", "nats a token", ("loss", "law_loss"), note=LAW, smooth=True),
+    Panel("Held-out loss", "nats a token", ("eval_loss", "law_loss"), note=LAW),
+    Panel("Above the law", "% of its loss, mean of a window", ("law_excess", "law_limit"),
+          note="dashed: what is too much", percent=True),
     Panel("Held-out bits per byte", "bits", ("eval_bits_per_byte",)),
     Panel("Score", "reward a response", ("score", "eval_score", "eval_greedy"),
           note="solid: responses of training; dashed: held-out prompts; dotted: the same, greedy"),
@@ -80,7 +83,7 @@ LOSS_UNITS = {"dpo": "a pair", "reward": "nats a prompt", "rlhf": "of the policy
 
 def unit_of(panel: Panel, runs: list[Run]) -> str:
     """Returns what a panel's numbers are counted in: losses of the verbs of alignment are other things than nats a token."""
-    if panel.keys not in (("loss",), ("eval_loss",)):
+    if panel.keys[0] not in ("loss", "eval_loss"):
         return panel.unit
     shown = [run for run in runs if len(run.series(panel.keys[0]).value)]
     return ", ".join(dict.fromkeys(LOSS_UNITS.get(run.setting("verb"), panel.unit) for run in shown))
@@ -137,7 +140,7 @@ def draw(panel: Panel, runs: list[Run], marks: list[Mark], span: Span) -> str | 
     """Returns one plot as SVG; None when no run has its curves."""
     curves = [(i, j, run.series(key)) for i, run in enumerate(runs) for j, key in enumerate(panel.keys)]
     curves = [(i, j, scaled(s, panel)) for i, j, s in curves if len(s.value)]
-    if not any(np.isfinite(s.value).any() for *_, s in curves):
+    if not any(np.isfinite(s.value).any() for _, j, s in curves if j == 0 or panel.note != LAW):
         return None
     # The salt makes the ids of a plot's clipping paths its own, and the same each time.
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):

@@ -170,6 +170,13 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainLogConfig(LogConfig):
+    # a law file of `jaxllm plan ladder` or `plan fit`: each line then shows what it says of this size and so many tokens, and
+    # an incident is noted when the run falls behind it; null: nothing is compared
+    law: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -178,7 +185,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    log: PretrainLogConfig = field(default_factory=PretrainLogConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def __post_init__(self):

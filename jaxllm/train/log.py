@@ -69,6 +69,8 @@ class RunLog:
     def progress(self, line: dict, seconds_left: float) -> None:
         parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}",
                  f"{line['tokens_per_s']:,.0f} tok/s"]
+        if "law_loss" in line:
+            parts.insert(2, f"law {line['law_loss']:.4f}" + (f" ({line['law_excess']:+.1%})" if "law_excess" in line else ""))
         if "model_tflops_per_s" in line:
             parts.append(f"{line['model_tflops_per_s']:.3g} TFLOP/s")
         if "mfu" in line:

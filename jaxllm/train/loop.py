@@ -17,6 +17,8 @@ import numpy as np
 from jaxllm.errors import RunError, Stopped
 from jaxllm.parallel.processes import highest
 from jaxllm.partition import batch_sharding, row_sharding
+from jaxllm.report.law import Watch, what_to_look_at
+from jaxllm.report.read import read_lines
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import LogConfig, TrainConfig
 from jaxllm.train.log import RunLog, memory
@@ -40,6 +42,7 @@ class Run:
     tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None: unknown chip
+    watch: Watch | None = None  # compares the losses with a scaling law
 
 
 class StopRequest:
@@ -169,8 +172,14 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
     if run.peak_flops is not None:
         line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
     line |= memory()
+    if run.watch is not None:
+        line |= run.watch.line(line["tokens"], line["loss"])
     run.log.metrics(line)
     run.log.progress(line, clock.seconds_left(run.steps - step, seconds))
+    if run.watch is not None and (event := run.watch.event(line)):
+        kind, said = event
+        advice = f"; {what_to_look_at(read_lines(run.log.folder / 'metrics.jsonl')[0])}" if kind == "falls_behind" else ""
+        run.log.incident(step, kind, f"step {step}: {said}{advice}")
 
 
 def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> None:
@@ -184,6 +193,8 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
         told += f", accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
         told += "".join(f", {k[5:].replace('_', ' ')} {v:.3f}" for k, v in found.items() if k.endswith("right"))
         run.log.say(f"  held-out at step {step}: loss {found['eval_loss']:.4f}{told}")
+        if run.watch is not None and step == run.steps:
+            _judge_the_end(run, step, found["eval_loss"])
     if due["sample"]:
         for prompt, text in run.sample(state.params, step):
             run.log.sample(step, prompt, text)
@@ -191,6 +202,17 @@ def _aside(run: Run, due: dict, step: int, state: TrainState, clock: Clock) -> N
         _refuse_not_finite(run, step, state)
         run.checkpoints.save(step, state, {"step": step, "made_of": run.made_of})
     clock.was_aside(time.perf_counter() - began)
+
+
+def _judge_the_end(run: Run, step: int, eval_loss: float) -> None:
+    """Says how the finished run stands to the law, which is of runs that ended."""
+    law_loss, off, behind = run.watch.end(eval_loss)
+    said = f"step {step}: the held-out loss at the end, {eval_loss:.4f}, is {off:+.1%} from the law's {law_loss:.4f}"
+    if behind:
+        advice = what_to_look_at(read_lines(run.log.folder / "metrics.jsonl")[0])
+        run.log.incident(step, "ended_behind", f"{said}; {advice}")
+    else:
+        run.log.incident(step, "as_the_law_says", said)
 
 
 _finite = jax.jit(finite_leaves)

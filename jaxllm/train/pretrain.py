@@ -9,6 +9,8 @@ import sys
 from jaxllm import config
 from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.parallel.processes import Place, is_first, start, together
+from jaxllm.report.law import Watch, WatchedLaw, read_law
+from jaxllm.report.read import read_lines
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
 
@@ -43,6 +45,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     cfg = resolve(cfg, tokenizer)
+    law = read_law(cfg.log.law) if cfg.log.law is not None else None
     changes = changes_of(cfg, config.to_dict(cfg))
     steps = n_steps(cfg)
     if not cfg.run.overwrite and (done := last_checkpoint(folder)) >= steps:
@@ -70,7 +73,7 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     together("the run begins")
 
     def made(checkpoints, log, start):
-        run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps)
+        run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps, law and watch_of(cfg, law, steps))
         _say_what_runs(cfg, program, rows, run, start)
         return run
 
@@ -111,7 +114,7 @@ def n_steps(cfg: PretrainConfig) -> int:
     return cfg.train.steps or math.ceil(cfg.train.tokens / (cfg.train.batch_size * cfg.data.seq_len))
 
 
-def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps):
+def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps, watch=None):
     """Returns the run's parts, wired together."""
     from jaxllm.hardware import chip
     from jaxllm.train.flops import training_flops_per_token
@@ -127,8 +130,20 @@ def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps):
         sample=lambda params, step: sample(cfg, program, tokenizer, params),
         tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,
         flops_per_token=training_flops_per_token(cfg.model, cfg.data.seq_len),
-        peak_flops=peak * program.mesh.size if peak else None,
+        peak_flops=peak * program.mesh.size if peak else None, watch=watch,
     )
+
+
+def watch_of(cfg: PretrainConfig, law: WatchedLaw, steps: int) -> Watch:
+    """Returns what compares this run with a law, which has seen what was logged before the run was stopped."""
+    from jaxllm.train.flops import active_parameter_count
+
+    watch = Watch(law, parameters=active_parameter_count(cfg.model), tokens=steps * cfg.train.batch_size * cfg.data.seq_len,
+                  lines=steps // cfg.log.every, schedule=config.to_dict(cfg.optim))
+    for line in read_lines(pathlib.Path(cfg.run.dir) / "metrics.jsonl")[0]:
+        if isinstance(line.get("loss"), (int, float)) and "tokens" in line:
+            watch.event(line | watch.line(line["tokens"], line["loss"]))
+    return watch
 
 
 def sample(cfg, program, tokenizer, params) -> list[tuple[str, str]]:
@@ -158,6 +173,7 @@ def _say_what_runs(cfg, program, rows, run, start):
         f"{run.steps * run.tokens_per_step / 1e6:.2f} M in all",
         f"model FLOPs: {formula(cfg.model, cfg.data.seq_len)}",
         rows.describe(run.steps),
+        *([run.watch.describe()] if run.watch else []),
         "compiling the step",
     ):
         run.log.say(line)
