@@ -160,7 +160,7 @@ def finish(cfg: LadderVerb, folder: pathlib.Path, plan: list[Rung], found: dict,
     with writing(result):
         write_atomically(result, json.dumps(found, indent=1) + "\n")
     write(ladder_page.page(cfg, plan, found, drawn), folder / "ladder.html")
-    print(f"\npage: {folder / 'ladder.html'}; law: {folder / 'law.json'}; numbers: {result}")
+    print(f"\npage: {folder / 'ladder.html'}\nlaw: {folder / 'law.json'}\nnumbers: {result}")
     if isinstance(found["largest"], str):
         raise RunError(f"the largest run says nothing of the law: {found['largest']}", found)
     return found

@@ -103,7 +103,8 @@ def unusable(run: Run) -> str | None:
     """Returns why a run cannot count: it diverged, was not finished, or does not say its size; None where it can."""
     series = run.series("loss")
     if not len(series.value):
-        return "no loss was logged"
+        stopped = any(x.get("kind") == "not_finite" for x in run.incidents)
+        return "diverged: stopped before a loss was logged, where it was not finite" if stopped else "no loss was logged"
     if not np.isfinite(series.value[-1]):
         return f"diverged: the loss is {series.value[-1]} at step {int(series.step[-1])}"
     if any(x.get("kind") == "not_finite" and x.get("step", 0) >= series.step[-1] for x in run.incidents):

@@ -18,7 +18,8 @@ def usual(points: Points, law: Parametric, runs: list[Run]) -> dict | None:
     schedules = [schedule_of(kept[p.name]) for p in points.runs if p.name in kept and p.curve is not None]
     if len(schedules) < len(points.runs) or not schedules or any(one != schedules[0] for one in schedules):
         return None
-    excess_RX = np.stack([_excess(p, law) for p in points.runs])
+    middle = float(np.median([p.tokens for p in points.runs]))
+    excess_RX = np.stack([_excess(p, law) for p in points.runs if p.tokens >= middle])  # most like the longer runs to come
     return {"share": [round(float(x), 4) for x in SHARES], "schedule": schedules[0],
             "usual": [round(float(x), 5) for x in np.quantile(excess_RX, HIGH, axis=0)]}
 

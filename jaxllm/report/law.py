@@ -90,6 +90,8 @@ class Watch:
         """`tokens` of all of the run, in about `lines` log lines; `schedule`: the settings of it that SCHEDULE names."""
         self.law, self.parameters, self.tokens = law, parameters, tokens
         self.same_schedule = bool(law.share) and law.schedule == {key: schedule.get(key) for key in SCHEDULE}
+        # a law says nothing of far fewer tokens than its runs had
+        self.begin = max(BEGIN * tokens, law.tokens[0] / 2 if law.tokens else 0.0)
         self.window = max(LEAST_LINES, round(WINDOW * lines))
         self.seen: list[tuple[float, float]] = []  # tokens and losses, of as many lines as the noise is judged by
         self.lowest, self.bad, self.good, self.behind = math.inf, 0, 0, False
@@ -106,8 +108,8 @@ class Watch:
 
     def line(self, tokens: float, loss: float) -> dict[str, float]:
         """Takes a line's loss; returns what is logged beside it: the law's loss here, and the excess of the window's mean over
-        the law of the window's middle. {} before the warm-up is over."""
-        if tokens < BEGIN * self.tokens or not math.isfinite(loss):
+        the law of the window's middle. {} in the warm-up, and at fewer tokens than the law is of."""
+        if tokens < self.begin or not math.isfinite(loss):
             return {}
         self.seen = [*self.seen, (tokens, loss)][-4 * self.window :]
         told = {"law_loss": round(self.law.loss(self.parameters, tokens), 5)}
