@@ -83,6 +83,9 @@ def test_the_largest_run_is_foretold_by_the_others_alone(made, tmp_path, capsys)
     assert found["largest"]["predicted"] == pytest.approx(found["largest"]["loss"] / 1.3, rel=1e-3)
     assert not found["largest"]["within"] and found["largest"]["off"] == pytest.approx(1 / 1.3 - 1, abs=1e-3)
     assert found["farther"]["runs"] == 9 and found["farther"]["loss"] == pytest.approx(found["largest"]["predicted"], rel=0.01)
+    again = run(settings(tmp_path))  # with the largest run there, finished
+    assert again["runs"] == 15 and again["largest"]["predicted"] == found["largest"]["predicted"] and len(done) == 16
+    assert again["farther"]["loss"] == found["farther"]["loss"]
     law = json.loads((tmp_path / "ladder" / "law.json").read_text())
     assert law["runs"] == 15 and law["alpha"] == pytest.approx(LAW.alpha, rel=0.05)
     text = capsys.readouterr()[0]

@@ -23,7 +23,7 @@ from jaxllm.errors import UserError
 
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 BEGIN = 0.1  # of a run's tokens: before it the loss is that of the warm-up
-WINDOW = 0.05  # of a run's lines that a mean is taken over
+WINDOW = 0.05  # of a run's lines that a median is taken over: a few spikes do not move it
 LEAST_LINES = 5  # in a window
 MARGIN = 0.03  # over the excess of healthy runs
 GROWTH = 0.05  # over the run's own lowest excess, where no curves of healthy runs are known
@@ -107,24 +107,25 @@ class Watch:
                 f"{how}{far}")
 
     def line(self, tokens: float, loss: float) -> dict[str, float]:
-        """Takes a line's loss; returns what is logged beside it: the law's loss here, and the excess of the window's mean over
-        the law of the window's middle. {} in the warm-up, and at fewer tokens than the law is of."""
+        """Takes a line's loss; returns what is logged beside it: the law's loss here, the excess of the window's median over
+        the law of the window's middle, and its limit. {} in the warm-up, and at fewer tokens than the law is of."""
         if tokens < self.begin or not math.isfinite(loss):
             return {}
         self.seen = [*self.seen, (tokens, loss)][-4 * self.window :]
         told = {"law_loss": round(self.law.loss(self.parameters, tokens), 5)}
         if len(self.seen) < self.window:
             return told
-        at, mean = np.mean(self.seen[-self.window :], axis=0)
-        excess = mean / self.law.loss(self.parameters, at) - 1
-        limit = self._limit(at, mean, excess)
+        at, middle = np.median(self.seen[-self.window :], axis=0)
+        excess = middle / self.law.loss(self.parameters, at) - 1
+        limit = self._limit(at, middle, excess)
         self.bad, self.good = (self.bad + 1, 0) if excess > limit else (0, self.good + 1)
         return told | {"law_excess": round(float(excess), 5), "law_limit": round(float(limit), 5)}
 
-    def _limit(self, at: float, mean: float, excess: float) -> float:
+    def _limit(self, at: float, middle: float, excess: float) -> float:
         """Returns how large the excess may be here."""
         losses = np.array([y for _, y in self.seen])
-        noise = NOISES * float(np.median(np.abs(np.diff(losses)))) / 0.954 / math.sqrt(self.window) / mean
+        # of differences of normal numbers the median size is 0.954 standard deviations; a median's error is 1.25 of a mean's
+        noise = NOISES * 1.25 * float(np.median(np.abs(np.diff(losses)))) / 0.954 / math.sqrt(self.window) / middle
         if self.same_schedule:
             return self.law.usual_at(at / self.tokens) + MARGIN + noise
         self.lowest = min(self.lowest, excess)
@@ -136,7 +137,7 @@ class Watch:
             self.behind = True
             most = "runs of the law were at most" if self.same_schedule else "it should be at most"
             return "falls_behind", (
-                f"falls behind the law: the mean loss of the last {self.window} lines is {line['law_excess']:+.1%} from the "
+                f"falls behind the law: the median loss of the last {self.window} lines is {line['law_excess']:+.1%} from the "
                 f"{line['law_loss']:.4f} that {self.parameters:.3g} parameters and {line['tokens']:.3g} tokens can reach; at "
                 f"this point {most} {line['law_limit']:+.1%}")
         if self.behind and self.good >= self.window:

@@ -45,7 +45,7 @@ LAW = "dashed: what the law says of a run that ends there"
 PANELS = (
     Panel("Training loss", "nats a token", ("loss", "law_loss"), note=LAW, smooth=True),
     Panel("Held-out loss", "nats a token", ("eval_loss", "law_loss"), note=LAW),
-    Panel("Above the law", "% of its loss, mean of a window", ("law_excess", "law_limit"),
+    Panel("Above the law", "% of its loss, median of a window", ("law_excess", "law_limit"),
           note="dashed: what is too much", percent=True),
     Panel("Held-out bits per byte", "bits", ("eval_bits_per_byte",)),
     Panel("Score", "reward a response", ("score", "eval_score", "eval_greedy"),
