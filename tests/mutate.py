@@ -789,7 +789,7 @@ FAULTS += [  # rewards and environments
           "tests/test_law_watch.py -k another_schedule"),
     Fault("the law is asked of fewer tokens than it is of", "jaxllm/report/law.py", "law.tokens[0] / 2 if law.tokens else 0.0", "0.0",
           "tests/test_law_watch.py -k warm_up"),
-    Fault("short runs say what is usual of long ones", "jaxllm/plan/usual.py", "if p.tokens >= middle]", "if p.tokens > 0]",
+    Fault("short runs say what is usual of long ones", "jaxllm/plan/usual.py", "if run.tokens >= middle]", "if run.tokens > 0]",
           "tests/test_law_watch.py -k usual"),
     Fault("what a watch saw before a stop is forgotten", "jaxllm/train/pretrain.py",
           '            watch.event(line | watch.line(line["tokens"], line["loss"]))\n', "            pass\n",

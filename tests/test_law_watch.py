@@ -118,13 +118,11 @@ def test_the_usual_excess_is_that_of_the_longer_runs_of_one_schedule(tmp_path):
         write_lines(run / "metrics.jsonl", lines)
         (run / "config.yaml").write_text(f"train: {{steps: 400}}\nparameters: {n:.0f}\noptim: {{schedule: cosine, final: 0.1, decay_share: 0.2}}\n")
         folders.append(run)
-    read = read_runs(folders)
-    found = usual.usual(points.of_runs(read), law, read)
+    found = usual.usual(points.of_runs(read_runs(folders)), law)
     assert found["schedule"] == COSINE
     assert np.allclose(np.interp([0.2, 0.5, 0.8], found["share"], found["usual"]), [0.16, 0.1, 0.04], atol=0.012)
     (folders[0] / "config.yaml").write_text("train: {steps: 400}\nparameters: 1000000\noptim: {schedule: wsd}\n")
-    read = read_runs(folders)
-    assert usual.usual(points.of_runs(read), law, read) is None
+    assert usual.usual(points.of_runs(read_runs(folders)), law) is None
 
 
 # ---------------------------------------------------------------- real runs

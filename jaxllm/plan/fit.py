@@ -15,6 +15,7 @@ from jaxllm.plan.law_file import contents
 from jaxllm.plan.laws import FLOPS_A_TOKEN
 from jaxllm.plan.picture import check_picture
 from jaxllm.plan.points import Points, read
+from jaxllm.plan.usual import usual
 
 LEAST_RUNS, LEAST_SIZES, LEAST_TOKENS = 8, 3, 3  # five constants, and something to judge them by
 WIDE = 0.3  # an interval of the exponent that tells nothing: between Kaplan's 0.73 and Chinchilla's 0.46 are 0.27
@@ -83,6 +84,7 @@ def fit(cfg: FitVerb, points: Points) -> tuple[dict, dict]:
         "starts_at_best": int(np.sum(whole.objective_S - whole.objective < 1e-6)), "bootstraps": cfg.bootstraps,
         "level": cfg.level, "prediction": predict(cfg, points, whole, approaches),
     }
+    found["watch"] = usual(points, law)
     found["doubts"] = doubts(found, float(y.min()))
     found["seconds"] = time.perf_counter() - began
     return found, {"points": points, "law": law, "samples": samples, "approaches": approaches}

@@ -19,10 +19,8 @@ from jaxllm.report.read import Run, read_run, read_runs
 def judge(cfg: LadderVerb, rungs: list[Rung]) -> tuple[dict, dict]:
     """Returns (what `plan fit` finds of all runs but the last, the largest; what its plots need)."""
     *others, largest = rungs
-    runs = read_runs([rung.folder for rung in others])
-    points = of_runs(runs, "eval")
-    found, drawn = fitted(cfg, points, largest)
-    found["watch"] = usual(drawn["points"], drawn["law"], runs)
+    found, drawn = fitted(cfg, of_runs(read_runs([rung.folder for rung in others]), "eval"), largest)
+    found["watch"] = usual(drawn["points"], drawn["law"])
     return found, drawn
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxllm import config
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
+from jaxllm.report.law import SCHEDULE
 from jaxllm.report.read import Run, is_run, read_runs
 from jaxllm.report.summary import at_least, mean_of_last, planned_steps
 from jaxllm.train.flops import active_parameter_count, parameter_count
@@ -38,6 +39,7 @@ class Point:
     loss: float
     experts: float = 1.0  # of a sparse layer; 1: dense
     curve: tuple[np.ndarray, np.ndarray] | None = None  # tokens and losses on the way there
+    schedule: dict | None = None  # the settings that decide the curve's shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ def of_runs(runs: list[Run], loss: str = "auto") -> Points:
         end = run.series("eval_loss").value[-1] if held_out else mean_of_last(run.series("loss").value)
         experts, idle = sparse(run)
         points.append(Point(run.name, float(run.config["parameters"] - idle), float(run.series("loss").tokens[-1]), float(end),
-                            experts, curve(run)))
+                            experts, curve(run), {key: run.setting(f"optim.{key}") for key in SCHEDULE}))
     return Points(points, list(why.items()), "held-out loss" if held_out else "training loss, the mean of its end")
 
 
