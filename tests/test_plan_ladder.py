@@ -85,6 +85,7 @@ def test_the_largest_run_is_foretold_by_the_others_alone(made, tmp_path, capsys)
     assert found["farther"]["runs"] == 9 and found["farther"]["loss"] == pytest.approx(found["largest"]["predicted"], rel=0.01)
     again = run(settings(tmp_path))  # with the largest run there, finished
     assert again["runs"] == 15 and again["largest"]["predicted"] == found["largest"]["predicted"] and len(done) == 16
+    assert found["alarms"] == {"w64-8192": 12} and "would have said to fall behind: w64-8192 at step 12" in capsys.readouterr()[0]
     assert again["excluded"] == []  # nor was it there and thrown out for standing out
     assert again["farther"]["loss"] == found["farther"]["loss"]
     law = json.loads((tmp_path / "ladder" / "law.json").read_text())

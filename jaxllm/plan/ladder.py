@@ -43,6 +43,7 @@ def main(cfg: LadderVerb) -> dict:
             write_atomically(law, json.dumps(contents(found), indent=1) + "\n")
         p = found["prediction"]
         say(f"ladder: the largest run is told to end at {ladder_text.interval(p, cfg.level)}; the law: {law}")
+        write_result(folder, found)  # what was told, before it is known
         make(watched(largest, law), plan, states, clock)
         return finish(cfg, folder, plan, found, drawn)
 
@@ -152,15 +153,19 @@ def finish(cfg: LadderVerb, folder: pathlib.Path, plan: list[Rung], found: dict,
     largest = plan[-1]
     found["losses"] = ladder_judge.losses(plan)
     found["largest"] = ladder_judge.compared(cfg, found, largest) or f"{largest.name}: {ladder_judge.why_not(largest)}"
+    found["alarms"] = ladder_judge.alarms(plan, folder / "law.json")
     found["ladder"] = [{"run": r.name, "parameters": r.parameters, "tokens": r.tokens, "flops": r.flops,
                         "loss": found["losses"].get(r.name)} for r in plan]
     found["settings"] = config.to_dict(cfg)
     print(ladder_text.whole(cfg, plan, found))
-    result = folder / "ladder.json"
-    with writing(result):
-        write_atomically(result, json.dumps(found, indent=1) + "\n")
+    write_result(folder, found)
     write(ladder_page.page(cfg, plan, found, drawn), folder / "ladder.html")
-    print(f"\npage: {folder / 'ladder.html'}\nlaw: {folder / 'law.json'}\nnumbers: {result}")
+    print(f"\npage: {folder / 'ladder.html'}\nlaw: {folder / 'law.json'}\nnumbers: {folder / 'ladder.json'}")
     if isinstance(found["largest"], str):
         raise RunError(f"the largest run says nothing of the law: {found['largest']}", found)
     return found
+
+
+def write_result(folder: pathlib.Path, found: dict) -> None:
+    with writing(folder / "ladder.json"):
+        write_atomically(folder / "ladder.json", json.dumps(found, indent=1) + "\n")

@@ -5,6 +5,7 @@ as if the ladder had ended one step lower: that is as far ahead as one would loo
 """
 
 import dataclasses
+import pathlib
 
 from jaxllm.errors import UserError
 from jaxllm.plan import fit
@@ -13,6 +14,7 @@ from jaxllm.plan.ladder_config import LadderVerb
 from jaxllm.plan.ladder_runs import Rung
 from jaxllm.plan.points import Points, of_runs, unusable
 from jaxllm.plan.usual import usual
+from jaxllm.report.law import read_law, replayed
 from jaxllm.report.read import Run, read_run, read_runs
 
 
@@ -58,6 +60,21 @@ def compared(cfg: LadderVerb, found: dict, largest: Rung) -> dict | None:
     if isinstance(farther := found.get("farther"), dict):
         out |= {"farther_off": farther["loss"] / loss - 1, "farther_within": abs(farther["loss"] / loss - 1) <= cfg.within}
     return out
+
+
+def alarms(rungs: list[Rung], law_file: pathlib.Path) -> dict[str, int]:
+    """Returns the runs that did not diverge and of which watching by this law would have said that they fall behind, with the
+    step."""
+    from jaxllm.train.pretrain import watch_of
+
+    found, law = {}, read_law(law_file)
+    for rung in rungs:
+        run = read_run(rung.folder)
+        if unusable(run) is None:
+            watch = watch_of(rung.cfg, law, rung.cfg.train.steps)
+            said = [step for step, kind in replayed(watch, run.lines) if kind == "falls_behind"]
+            found |= {rung.name: said[0]} if said else {}
+    return found
 
 
 def why_not(largest: Rung) -> str | None:

@@ -61,6 +61,8 @@ def verdict(cfg: LadderVerb, found: dict) -> list[str]:
                      f"{far['times_the_most_compute']:.3g} times their largest compute")
     else:
         lines += wrapped(f"no prediction from the runs that are smaller in both: {far}", "    ", first="  ")
+    told = ", ".join(f"{name} at step {step}" for name, step in found["alarms"].items()) or "none"
+    lines += wrapped(f"runs that log.law with this law would have said to fall behind: {told}", "    ", first="  ")
     if isinstance(end, str):
         return [*lines, *wrapped(end, "    ", first="  ")]
     inside = "inside" if end["in_interval"] else "outside of"

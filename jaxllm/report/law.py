@@ -151,6 +151,16 @@ class Watch:
         return end, eval_loss / end - 1, eval_loss / end - 1 > max(END, 3 * self.law.residual)
 
 
+def replayed(watch: Watch, lines: list[dict]) -> list[tuple[int, str]]:
+    """Returns (step, kind) of what would have been said of a run with these log lines."""
+    said = []
+    for line in lines:
+        if isinstance(line.get("loss"), (int, float)) and "tokens" in line:
+            event = watch.event(line | watch.line(line["tokens"], line["loss"]))
+            said += [(line["step"], event[0])] if event else []
+    return said
+
+
 def what_to_look_at(lines: list[dict]) -> str:
     """Returns what usually makes a run fall behind, with what its own lines tell of each."""
     lines = [x for x in lines if isinstance(x.get("loss"), (int, float)) and math.isfinite(x["loss"])]

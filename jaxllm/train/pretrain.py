@@ -9,7 +9,7 @@ import sys
 from jaxllm import config
 from jaxllm.errors import UserError, stopping_at_once
 from jaxllm.parallel.processes import Place, is_first, start, together
-from jaxllm.report.law import Watch, WatchedLaw, read_law
+from jaxllm.report.law import Watch, WatchedLaw, read_law, replayed
 from jaxllm.report.read import read_lines
 from jaxllm.train.config import PretrainConfig
 from jaxllm.train.run_folder import begin, changes_of, claimed, last_checkpoint
@@ -73,7 +73,10 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     together("the run begins")
 
     def made(checkpoints, log, start):
-        run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps, law and watch_of(cfg, law, steps))
+        watch = law and watch_of(cfg, law, steps)
+        if watch and start:
+            replayed(watch, read_lines(folder / "metrics.jsonl")[0])  # what was logged before the run was stopped
+        run = make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps, watch)
         _say_what_runs(cfg, program, rows, run, start)
         return run
 
@@ -135,15 +138,11 @@ def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps, w
 
 
 def watch_of(cfg: PretrainConfig, law: WatchedLaw, steps: int) -> Watch:
-    """Returns what compares this run with a law, which has seen what was logged before the run was stopped."""
+    """Returns what compares a run of these settings with a law."""
     from jaxllm.train.flops import active_parameter_count
 
-    watch = Watch(law, parameters=active_parameter_count(cfg.model), tokens=steps * cfg.train.batch_size * cfg.data.seq_len,
-                  lines=steps // cfg.log.every, schedule=config.to_dict(cfg.optim))
-    for line in read_lines(pathlib.Path(cfg.run.dir) / "metrics.jsonl")[0]:
-        if isinstance(line.get("loss"), (int, float)) and "tokens" in line:
-            watch.event(line | watch.line(line["tokens"], line["loss"]))
-    return watch
+    return Watch(law, parameters=active_parameter_count(cfg.model), tokens=steps * cfg.train.batch_size * cfg.data.seq_len,
+                 lines=steps // cfg.log.every, schedule=config.to_dict(cfg.optim))
 
 
 def sample(cfg, program, tokenizer, params) -> list[tuple[str, str]]:
