@@ -24,10 +24,10 @@ from jaxllm.errors import UserError
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 BEGIN = 0.1  # of a run's tokens: before it the loss is that of the warm-up
 WINDOW = 0.05  # of a run's lines that a median is taken over: a few spikes do not move it
-LEAST_LINES = 5  # in a window
+LEAST_LINES = 8  # in a window
 MARGIN = 0.03  # over the excess of healthy runs
 GROWTH = 0.05  # over the run's own lowest excess, where no curves of healthy runs are known
-NOISES = 3.0  # standard errors of a window's mean that are allowed besides
+NOISES = 2.0  # standard errors of a window's mean that are allowed besides
 END = 0.02  # of the law's loss: how far above it the last held-out loss may be
 SCHEDULE = ("schedule", "final", "decay_share")  # settings that decide the shape of a run's curve
 
@@ -117,19 +117,23 @@ class Watch:
             return told
         at, middle = np.median(self.seen[-self.window :], axis=0)
         excess = middle / self.law.loss(self.parameters, at) - 1
-        limit = self._limit(at, middle, excess)
-        self.bad, self.good = (self.bad + 1, 0) if excess > limit else (0, self.good + 1)
+        usual, room = self._usual(at, excess), self._room(middle)
+        limit = usual + room
+        self.bad = self.bad + 1 if excess > limit else 0
+        self.good = self.good + 1 if excess < usual + room / 2 else 0  # not at once good where it is no longer bad
         return told | {"law_excess": round(float(excess), 5), "law_limit": round(float(limit), 5)}
 
-    def _limit(self, at: float, middle: float, excess: float) -> float:
-        """Returns how large the excess may be here."""
+    def _usual(self, at: float, excess: float) -> float:
+        """Returns the excess that a healthy run has here."""
+        self.lowest = min(self.lowest, excess)
+        return self.law.usual_at(at / self.tokens) if self.same_schedule else self.lowest
+
+    def _room(self, middle: float) -> float:
+        """Returns how much larger than usual the excess may be."""
         losses = np.array([y for _, y in self.seen])
         # of differences of normal numbers the median size is 0.954 standard deviations; a median's error is 1.25 of a mean's
         noise = NOISES * 1.25 * float(np.median(np.abs(np.diff(losses)))) / 0.954 / math.sqrt(self.window) / middle
-        if self.same_schedule:
-            return self.law.usual_at(at / self.tokens) + MARGIN + noise
-        self.lowest = min(self.lowest, excess)
-        return self.lowest + GROWTH + noise
+        return (MARGIN if self.same_schedule else GROWTH) + noise
 
     def event(self, line: dict) -> tuple[str, str] | None:
         """Returns (kind, what is said) when a whole window of lines says that the run fell behind, or caught up again."""
