@@ -1,7 +1,6 @@
 """What `jaxllm plan ladder` says, at most 110 columns."""
 
 from jaxllm.plan import fit_text
-from jaxllm.plan.fit_config import FitVerb
 from jaxllm.plan.ladder_config import LadderVerb
 from jaxllm.plan.ladder_runs import Rung
 from jaxllm.plan.size_text import count, flops, wrapped
@@ -32,10 +31,8 @@ def plan(cfg: LadderVerb, rungs: list[Rung], states: dict[str, str], seconds: fl
 
 
 def whole(cfg: LadderVerb, rungs: list[Rung], found: dict) -> str:
-    verb = FitVerb(bootstraps=cfg.bootstraps, level=cfg.level)
     parts = [table(rungs, found["losses"]), fit_text.head(found), fit_text.law(found), fit_text.exponents(found),
              fit_text.prediction(found), verdict(cfg, found)]
-    assert verb.level == found["level"]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
