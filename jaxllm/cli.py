@@ -63,6 +63,8 @@ VERBS = {
                      "fit the scaling laws to your own runs; predict a larger one with its interval", takes="runs"),
     "plan ladder": Verb("jaxllm.plan.ladder_config:LadderVerb", "jaxllm.plan.ladder:main", "plan ladder CONFIG.yaml",
                         "make a family of small runs on your text, fit the laws to them, and foretell the largest one"),
+    "plan search": Verb("jaxllm.plan.search_config:SearchVerb", "jaxllm.plan.search:main", "plan search CONFIG.yaml",
+                        "search for hyper-parameters with small runs; say what to widen, fix or narrow; run again to go on"),
     "inspect": Verb("jaxllm.train.config:InspectVerb", "jaxllm.train.inspect:main", "inspect RUN",
                     "print what a run's checkpoint holds", takes="run"),
     "plan schedule": Verb("jaxllm.plan.config:ScheduleVerb", "jaxllm.plan.schedule:main",

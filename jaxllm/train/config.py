@@ -26,6 +26,8 @@ class RunConfig:
 class TrainConfig:
     steps: int | None = None  # optimizer steps; this or `tokens`
     tokens: int | None = None  # length in tokens instead of steps
+    # stop after this step, evaluated and saved, on the schedule of all of `steps`; a later one, or null, goes on from there
+    stop_at: int | None = None
     batch_size: int = 32  # sequences a step, over all devices
     micro_batches: int = 1  # parts a batch is computed in, one after the other: less memory, the same step
     # when the places of mesh.data come together: at each step; or each trains alone for `inner_steps`, then parameters are
@@ -70,7 +72,8 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_tokens=64))
 
     def __post_init__(self):
-        for name in ("steps", "tokens", "batch_size", "micro_batches", "virtual_stages", "loss_chunk", "inner_steps", "groups"):
+        for name in ("steps", "tokens", "stop_at", "batch_size", "micro_batches", "virtual_stages", "loss_chunk", "inner_steps",
+                     "groups"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be at least 1")
         if self.outer_lr <= 0 or not 0 <= self.outer_momentum < 1:

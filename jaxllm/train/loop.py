@@ -43,6 +43,7 @@ class Run:
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None: unknown chip
     watch: Watch | None = None  # compares the losses with a scaling law
+    stop_at: int | None = None  # the step to stop after, as if asked to; the schedule is that of all `steps`
 
 
 class StopRequest:
@@ -122,9 +123,10 @@ def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every
                 batch = _put(next(batches), mesh)  # while the step runs
             # read once: a signal that comes while this step is saved is the next step's
             stopping = stop.agreed(step, log_cfg.every, run.program.agreed)
-            finished = step == run.steps
-            due = {"eval": _due(step, train_cfg.eval_every, finished), "sample": _due(step, train_cfg.sample_every, finished),
-                   "save": finished or stopping is not None or step % checkpoint_every == 0}
+            finished, here = step == run.steps, step == run.stop_at
+            due = {"eval": _due(step, train_cfg.eval_every, finished or here),
+                   "sample": _due(step, train_cfg.sample_every, finished),
+                   "save": finished or here or stopping is not None or step % checkpoint_every == 0}
             if any(due.values()):
                 _read(run, pending, names, log_cfg.every, clock)
                 pending = None
@@ -133,6 +135,9 @@ def train(run: Run, train_cfg: TrainConfig, log_cfg: LogConfig, checkpoint_every
                 run.checkpoints.wait()
                 run.log.incident(step, "stopped", f"stopped by {stopping} after step {step}; run the same command to go on")
                 raise Stopped(f"stopped after step {step}, saved; run the same command to go on")
+            if here and not finished:
+                run.checkpoints.wait()
+                raise Stopped(f"stopped after step {step} of {run.steps} (train.stop_at), saved; raise train.stop_at to go on")
     run.checkpoints.wait()
     return run.program.whole(state)
 

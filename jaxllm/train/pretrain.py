@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from jaxllm import config
-from jaxllm.errors import UserError, stopping_at_once
+from jaxllm.errors import Stopped, UserError, stopping_at_once
 from jaxllm.parallel.processes import Place, is_first, start, together
 from jaxllm.report.law import Watch, WatchedLaw, read_law, replayed
 from jaxllm.report.read import read_lines
@@ -51,6 +51,8 @@ def _run(cfg: PretrainConfig, folder: pathlib.Path, place: Place | None) -> dict
     if not cfg.run.overwrite and (done := last_checkpoint(folder)) >= steps:
         print(f"{folder}: finished: step {done} of {steps}; raise train.steps to go on", file=sys.stderr)
         return {"run": str(folder), "step": done, "finished": True}
+    if not cfg.run.overwrite and done >= (cfg.train.stop_at or steps):
+        raise Stopped(f"{folder}: is at step {done} of {steps}, train.stop_at={cfg.train.stop_at}: raise it to go on")
 
     from jaxllm.platform import start_jax
 
@@ -133,7 +135,7 @@ def make_run(cfg, program, rows, held_out, checkpoints, log, tokenizer, steps, w
         sample=lambda params, step: sample(cfg, program, tokenizer, params),
         tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,
         flops_per_token=training_flops_per_token(cfg.model, cfg.data.seq_len),
-        peak_flops=peak * program.mesh.size if peak else None, watch=watch,
+        peak_flops=peak * program.mesh.size if peak else None, watch=watch, stop_at=cfg.train.stop_at,
     )
 
 

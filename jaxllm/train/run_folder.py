@@ -23,7 +23,7 @@ NOT_COMPARED = (*NOT_SETTINGS, "processes.")
 OURS = ("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "incidents.jsonl", "samples.jsonl", "report.html",
         "tokenizer.model", "damaged-checkpoints")
 # What may change between two starts of one run: the rest decides what the weights, the moments or the data order mean.
-MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.micro_batches", "train.remat",
+MAY_CHANGE = ("run.dir", "run.overwrite", "train.steps", "train.tokens", "train.stop_at", "train.micro_batches", "train.remat",
               "train.context_attention", "train.xla", "train.offload",
               "train.loss_chunk", "train.eval_every", "train.eval_rows", "train.sample_every", "train.sample_prompts",
               "train.sample.", "train.pipeline", "train.virtual_stages", "optim.lr", "optim.final", "optim.weight_decay",
