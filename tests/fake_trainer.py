@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -42,6 +43,10 @@ def train(words: list[str]) -> int:
         if float(settings.get("optim.lr", 0.01)) > 0.1 and step == 5:
             print("jaxllm: step 5: loss nan, gradient norm nan: not finite: gradient of x; no checkpoint was taken yet", file=sys.stderr)
             return 1
+        deaths = folder / f"death-{len(list(folder.glob('death-*')))}"
+        if step == 7 and int(deaths.name[6:]) < int(os.environ.get("FAKE_DEATHS", "0")):
+            deaths.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "tokens": step, "eval_loss": loss_of(settings, step)}) + "\n")
         if step % 5 == 0 or step == until:

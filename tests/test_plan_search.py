@@ -17,7 +17,7 @@ import yaml
 from jaxllm import config
 from jaxllm.cli import main
 from jaxllm.errors import RunError, UserError
-from jaxllm.plan import search, search_findings, search_gp, search_samplers, search_trial
+from jaxllm.plan import search, search_findings, search_gp, search_next, search_samplers, search_trial
 from jaxllm.plan.search_config import SearchVerb
 from jaxllm.plan.search_folder import Claims, Folder, host, started
 from jaxllm.plan.search_next import WAIT, Rules, next_job, ranking
@@ -202,8 +202,12 @@ def played(own: Rules, order: random.Random | None, workers: int, loss=lambda jo
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (1 / 9, 1 / 3, 1.0)], ids=["whole", "halving"])
-def test_jobs_are_the_same_in_whichever_order_they_end(shares):
+def test_jobs_are_the_same_in_whichever_order_they_end(shares, monkeypatch):
     """With three at once: job n knows the jobs up to n - 3, whatever else has ended."""
+    def telling(sampler, space, known, pending, number, seed):  # another choice for whatever else it is shown
+        return space.decode(np.random.default_rng(list(repr((known, pending, number, seed)).encode())).random(2))
+
+    monkeypatch.setattr(search_next, "ask", telling)
     own = rules(parallel=3, shares=shares, seeds=2, trials=14)
     first = played(own, random.Random(0), 3)
     for seed in (1, 2):
@@ -216,7 +220,8 @@ def test_halving_promotes_the_best_and_no_one_twice():
     own = rules(sampler="quasi_random", shares=(0.1, 0.3, 1.0), trials=18)
     jobs = played(own, None, 1, loss=lambda job: job["params"]["optim.warmup"] + job["params"]["optim.lr"])
     at = [[j["trial"] for j in jobs if j["rung"] == rung] for rung in range(3)]
-    assert [len(x) for x in at] == [18, 6, 2] and all(len(set(x)) == len(x) for x in at)
+    # a third, and those that were in the best third of fewer before better ones came
+    assert len(at[0]) == 18 and 6 <= len(at[1]) <= 9 and len(at[1]) // 3 <= len(at[2]) <= 3 and all(len(set(x)) == len(x) for x in at)
     best = {j["trial"] for j in sorted((j for j in jobs if j["rung"] == 0 and j["state"] == "done"), key=lambda j: j["metric"])[:2]}
     assert best <= set(at[1]) and set(at[2]) <= set(at[1])
     assert ranking(own, jobs)[0]["rung"] == 2
@@ -248,6 +253,7 @@ def test_a_study_ends_with_a_report_and_run_again_does_nothing(tmp_path, fake, c
     assert made(study) == jobs
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_is_never_killed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     keys = {"trials": 10, "asha": {"min_steps": 5, "factor": 2}, "seeds": 1, "points": [{}]}
@@ -397,6 +403,14 @@ def test_how_a_trial_failed_is_kept(tmp_path, code, said, kind):
         assert found["why"] == "KeyError: 'x'"
 
 
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_a_process_killed_once_goes_on_and_killed_twice_is_infeasible(tmp_path, fake, monkeypatch, times):
+    monkeypatch.setenv("FAKE_DEATHS", str(times))
+    assert main(["plan", "search", str(write(tmp_path, trials=1, points=[{}]))]) == (0 if times == 1 else 1)
+    job = made(tmp_path / "study")[0]
+    assert (job["state"], job.get("kind")) == (("done", None) if times == 1 else ("infeasible", "out of memory"))
+
+
 def test_a_full_disk_is_no_trial_s_fault(tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         search_trial.outcome(1, "jaxllm: x: cannot be written: No space left on device; what was saved", tmp_path, "eval_loss", 20)
@@ -459,6 +473,7 @@ def test_a_gain_within_the_noise_of_seeds_is_told():
     found = search_findings.findings(own, jobs, "eval_loss")
     assert found["seeds"]["std"] == pytest.approx(np.sqrt((np.var([3.0, 3.05, 2.97, 3.03], ddof=1) + np.var([3.01, 3.02, 2.99, 3.06], ddof=1)) / 2))
     assert any(line.startswith("noise: the best and the next best") for line in found["next"])
+    assert found["seeds"]["best"] == 0 and found["seeds"]["trials"]["0"]["mean"] == pytest.approx(np.mean([3.05, 2.97, 3.03]))
 
 
 # ---------------------------------------------------------------- real trials

@@ -68,7 +68,7 @@ def where_infeasible(dim: Dimension, search: list[dict]) -> dict | None:
     for side, run in (("above", ordered[::-1]), ("below", ordered)):
         n = next((i for i, (_, bad, _) in enumerate(run) if not bad), len(run))
         if 2 <= n < len(run) and (best is None or n > best["trials"]):
-            best = {"key": dim.key, "side": side, "value": run[n][2], "trials": n}
+            best = {"key": dim.key, "side": side, "value": run[n - 1][2], "trials": n}
     return best
 
 
@@ -156,8 +156,8 @@ def next_steps(found: dict, full: int) -> list[str]:
     for w in found["infeasible"]["where"]:
         if w["trials"] >= 0.1 * found["trials"]:
             sign = ">=" if w["side"] == "above" else "<="
-            out.append(f"keep out: all {w['trials']} trials with {w['key']} {sign} {w['value']:g} were infeasible: end its range "
-                       "there")
+            out.append(f"keep out: all {w['trials']} trials with {w['key']} {sign} {w['value']:g} were infeasible: end its "
+                       "range there")
     gains = found["seeds"]["gains"] if found["seeds"] else []
     for gain in gains:
         if gain["over"] == "the next best" and gain["noises"] < 2:

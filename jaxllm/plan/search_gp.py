@@ -19,7 +19,6 @@ from jaxllm.plan.search_space import Space
 
 WIDE, NEAR = 512, 256  # candidates all over the space, and around the best trials
 JITTER = 1e-8
-GREEDY = 1
 MIDDLE, SPREAD = (-0.35, 0.0, -1.0, -3.0), (0.8, 1.0, 1.5, 1.5)  # of normal priors: log length, variance, quadratic, noise
 
 
@@ -48,12 +47,8 @@ def ask(space: Space, known: list[tuple[dict, float | None]], pending: list[dict
     mean_C, std_C = model.predict(x_CF)
     best = model.predict(x_NF)[0].min()  # of the process, not of the losses, whose lowest owes something to luck
     gain_C = best - mean_C
-    worth_C = (sure(gain_C) if number % GREEDY else improvement(gain_C, std_C)) * feasible(space, known, x_CF)
+    worth_C = improvement(gain_C, std_C) * feasible(space, known, x_CF)
     return choices[int(np.argmax(worth_C))]
-
-
-def sure(gain_C: np.ndarray) -> np.ndarray:
-    return np.exp(gain_C - gain_C.max())
 
 
 def feasible(space: Space, known, x_CF: np.ndarray) -> np.ndarray:
