@@ -227,6 +227,12 @@ def test_halving_promotes_the_best_and_no_one_twice():
     assert ranking(own, jobs)[0]["rung"] == 2
 
 
+def test_a_trial_that_failed_later_does_not_rank():
+    job = {"rung": 0, "params": {}, "state": "done"}
+    jobs = [job | {"trial": 0, "metric": 1.0}, job | {"trial": 1, "metric": 2.0}, job | {"trial": 0, "rung": 1, "state": "infeasible"}]
+    assert [j["trial"] for j in ranking(rules(shares=(0.5, 1.0)), jobs)] == [1]
+
+
 # ---------------------------------------------------------------- whole studies, with the fake trainer
 
 
@@ -297,6 +303,9 @@ def test_asked_to_stop_saves_and_says_how_to_go_on(tmp_path):
     process.terminate()
     code, text = runs.finish(process)
     assert code == 75 and "run the same command to go on" in text and "Traceback" not in text
+    written = (tmp_path / "study/runs/0000/metrics.jsonl").read_text()
+    time.sleep(0.5)
+    assert (tmp_path / "study/runs/0000/metrics.jsonl").read_text() == written  # the trial has stopped too
     assert made(tmp_path / "study")[0]["state"] == "running"
 
 
@@ -353,7 +362,8 @@ def test_a_dead_worker_s_claim_is_taken_over_by_one(tmp_path):
     won, gate = [], threading.Barrier(8)
 
     def try_it(claims):
-        gate.wait()
+        found = claims.dead
+        claims.dead = lambda path: [found(path), gate.wait()][0]  # all have seen it dead before one takes it over
         if claims.claim(3):
             won.append(claims)
 

@@ -139,17 +139,20 @@ def work(study: Study, folder: Folder, claims: Claims) -> None:
     for thread in threads:
         thread.start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.2)  # short: a signal is handled by this thread
+        wait_for(threads)
     except BaseException:
         workers.stopping.set()
-        for thread in threads:
-            thread.join()
+        wait_for(threads)
         raise
     for error in sorted(workers.failed, key=lambda e: isinstance(e, Stopped)):
         raise error
     hopeless(study.rules, folder.jobs(), whole=True)
+
+
+def wait_for(threads: list[threading.Thread]) -> None:
+    """Returns when all have ended. Not by join: Python 3.11 takes a thread for ended when a signal interrupts its join."""
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(search_trial.POLL_S)
 
 
 def hopeless(rules: Rules, jobs: list[dict], whole: bool = False) -> None:

@@ -19,7 +19,8 @@ from jaxllm.plan.search_space import Space
 
 WIDE, NEAR = 512, 256  # candidates all over the space, and around the best trials
 JITTER = 1e-8
-MIDDLE, SPREAD = (-0.35, 0.0, -1.0, -3.0), (0.8, 1.0, 1.5, 1.5)  # of normal priors: log length, variance, quadratic, noise
+SHIFTS, UCB, LEAST = (0.0,), 0, 0.03
+MIDDLE, SPREAD = (-0.35, 0.0, -1.0, -5.0), (0.8, 1.0, 1.5, 2.5)  # of normal priors: log length, variance, quadratic, noise
 
 
 def start_trials(space: Space) -> int:
@@ -44,10 +45,16 @@ def ask(space: Space, known: list[tuple[dict, float | None]], pending: list[dict
     # of a small space every point may have been tried: then another run of the best-looking one
     choices = [params for params in choices if repr(sorted(params.items())) not in tried] or choices
     x_CF = np.array([space.features(params) for params in choices])
-    mean_C, std_C = model.predict(x_CF)
-    best = model.predict(x_NF)[0].min()  # of the process, not of the losses, whose lowest owes something to luck
-    gain_C = best - mean_C
-    worth_C = improvement(gain_C, std_C) * feasible(space, known, x_CF)
+    worth_C = 0.0
+    for shift in SHIFTS:
+        other = Process(model.theta - shift * (np.arange(len(model.theta)) < len(model.theta) - 3), model.x_NF, model.y_N)
+        mean_C, std_C = other.predict(x_CF)
+        best = other.predict(x_NF)[0].min()  # of the process, not of the losses, whose lowest owes something to luck
+        if UCB and number % UCB == 0:
+            worth_C = worth_C + np.exp(-(mean_C - 2 * std_C))
+        else:
+            worth_C = worth_C + improvement(best - mean_C, std_C)
+    worth_C = worth_C * feasible(space, known, x_CF)
     return choices[int(np.argmax(worth_C))]
 
 
@@ -68,7 +75,7 @@ def candidates(space: Space, known: list[dict], model: "Process", number: int, s
     mean_N = model.predict(np.array([space.features(params) for params in known]))[0]
     centre_ND = np.array([space.encode(known[i]) for i in np.argsort(mean_N, kind="stable")[:3]])
     centre_CD = centre_ND[rng.integers(len(centre_ND), size=NEAR)]
-    step_C = np.geomspace(0.01, 0.25, NEAR)
+    step_C = np.geomspace(LEAST, 0.3, NEAR)
     moved_CD = rng.random((NEAR, d)) < max(0.5, 1 / d)
     near_CD = np.abs(centre_CD + moved_CD * step_C[:, None] * rng.standard_normal((NEAR, d)))
     near_CD = np.clip(np.where(near_CD > 1, 2 - near_CD, near_CD), 0, 1)  # reflected: clipped ones would crowd at the ends
@@ -104,7 +111,7 @@ class Process:
     """A Gaussian process with zero mean: its covariance's numbers and what it was shown."""
 
     def __init__(self, theta: np.ndarray, x_NF: np.ndarray, y_N: np.ndarray):
-        self.theta, self.x_NF = theta, x_NF
+        self.theta, self.x_NF, self.y_N = theta, x_NF, y_N
         k_NN = covariance(theta, x_NF, x_NF) + (np.exp(theta[-1]) + JITTER) * np.eye(len(x_NF))
         self.factor = cho_factor(k_NN, lower=True)
         self.weight_N = cho_solve(self.factor, y_N)
