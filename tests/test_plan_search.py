@@ -259,6 +259,14 @@ def test_a_study_ends_with_a_report_and_run_again_does_nothing(tmp_path, fake, c
     assert made(study) == jobs
 
 
+def test_a_point_of_the_user_s_may_lie_outside_of_the_space(tmp_path, fake, capsys):
+    space = SPACE | {"optim.weight_decay": {"log": [0.01, 1]}, "optim.schedule": {"choice": ["cosine", "linear"]}}
+    path = write(tmp_path, space=space, points=[{"optim.weight_decay": 0.0, "optim.lr": 0.006, "optim.warmup": 4}], trials=8)
+    assert main(["plan", "search", str(path)]) == 0
+    assert made(tmp_path / "study")[0]["params"]["optim.schedule"] == "constant"  # the base's
+    assert "widen: the best is beyond the low end of the range of optim.weight_decay (0 of [0.01, 1]" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_is_never_killed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

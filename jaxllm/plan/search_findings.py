@@ -78,7 +78,7 @@ def spread(rules: Rules, dim: Dimension, full: list[dict]) -> list[dict]:
     for job in full:
         if dim.key in job["params"]:
             value = job["params"][dim.key]
-            part = value if dim.kind == "choice" else min(max(int(dim.place(value) * BUCKETS), 0), BUCKETS - 1)
+            part = value if dim.kind == "choice" else int(min(max(dim.place(value) * BUCKETS, 0), BUCKETS - 1))
             groups.setdefault(part, []).append(job)
     parts = dim.options if dim.kind == "choice" else range(BUCKETS)
     return [{"part": part if dim.kind == "choice" else [end(dim, part), end(dim, part + 1)], "trials": len(groups[part]),
@@ -94,7 +94,8 @@ def narrower(dim: Dimension, full: list[dict]) -> list | None:
     """Returns the part of a range that the best quarter of the trials lies in, with a tenth of the range on both sides."""
     if len(full) < ENOUGH:
         return None
-    best = [job["params"][dim.key] for job in full[: max(len(full) // 4, 4)] if dim.key in job["params"]]
+    best = [job["params"].get(dim.key) for job in full[: max(len(full) // 4, 4)]]
+    best = [value for value in best if dim.holds(value)]
     if len(best) < 3:
         return None
     if dim.kind == "choice":
@@ -151,7 +152,8 @@ def next_steps(found: dict, full: int) -> list[str]:
     out = []
     for b in found["boundary"]:
         beyond = "below" if b["end"] == "low" else "above"
-        out.append(f"widen: the best is within 5% of the {b['end']} end of the range of {b['key']} ({b['value']:g} of "
+        where = "within 5% of" if b["range"][0] <= b["value"] <= b["range"][1] else "beyond"
+        out.append(f"widen: the best is {where} the {b['end']} end of the range of {b['key']} ({b['value']:g} of "
                    f"[{b['range'][0]:g}, {b['range'][1]:g}]; {b['of_three']} of the best 3 lie near it): look {beyond} it")
     for w in found["infeasible"]["where"]:
         if w["trials"] >= 0.1 * found["trials"]:

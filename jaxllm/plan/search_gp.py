@@ -20,7 +20,7 @@ from jaxllm.plan.search_space import Space
 WIDE, NEAR = 512, 256  # candidates all over the space, and around the best trials
 JITTER = 1e-8
 SHIFTS, UCB, LEAST = (0.0,), 0, 0.03
-MIDDLE, SPREAD = (-0.35, 0.0, -1.0, -5.0), (0.8, 1.0, 1.5, 2.5)  # of normal priors: log length, variance, quadratic, noise
+MIDDLE, SPREAD = (-0.35, 0.0, -3.0, -5.0), (0.8, 1.0, 1.5, 2.5)  # of normal priors: log length, variance, quadratic, noise
 
 
 def start_trials(space: Space) -> int:

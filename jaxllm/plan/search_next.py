@@ -65,7 +65,7 @@ def decide(rules: Rules, known: list[dict], pending: list[dict]) -> dict | None:
         ranked = sorted((job for job in at if rules.loss(job) is not None), key=lambda job: (rules.loss(job), job["trial"]))
         for job in ranked[: len(at) // rules.factor]:
             if (job["trial"], rung + 1) not in begun:
-                return {"trial": job["trial"], "rung": rung + 1, "params": job["params"], "by": "halving"}
+                return {"trial": job["trial"], "rung": rung + 1, "params": job["params"], "by": job["by"]}
     trial = len({number for number, _ in begun})
     if trial >= rules.trials:
         return None

@@ -44,11 +44,16 @@ def isolation(rules: Rules, found: dict, jobs: list[dict]) -> list[Plot]:
             last[job["trial"]] = job
     top = len(rules.shares) - 1
     metrics = np.array([t["metric"] for t in found["ranking"]])
-    low, high = metrics.min(), metrics.max()
-    bad = high + 0.08 * (high - low or 1.0) if rules.minimise else low - 0.08 * (high - low or 1.0)
+    sign = 1 if rules.minimise else -1
+    whole = max(sum(t["rung"] == top for t in found["ranking"]), 1)
+    best, middle = sign * metrics[0], float(np.median(sign * metrics[:whole]))
+    worst = min(max(sign * metrics), best + 4 * ((middle - best) or 1.0))  # a bad one would hide how the good ones differ
+    bad = sign * (worst + 0.08 * (worst - best or 1.0))
     plots = []
     for dim in rules.space.dimensions:
         own = [job for job in last.values() if dim.key in job["params"]]
+        if dim.kind == "choice":  # a point of the user's may have none of the options
+            own = [job for job in own if dim.holds(job["params"][dim.key])]
 
         def x_of(jobs, dim=dim):
             values = [job["params"][dim.key] for job in jobs]
@@ -57,14 +62,21 @@ def isolation(rules: Rules, found: dict, jobs: list[dict]) -> list[Plot]:
         done = [job for job in own if job["state"] == "done" and job["rung"] == top]
         stopped = [job for job in own if job["state"] == "done" and job["rung"] < top]
         failed = [job for job in own if job["state"] == "infeasible"]
-        curves = [Curve("trained to the end", x_of(done), [j["metric"] for j in done], 0, points=True),
-                  Curve("stopped early", x_of(stopped), [j["metric"] for j in stopped], 4, points=True, faint=True),
+
+        def y_of(jobs):
+            return [sign * min(sign * job["metric"], worst) for job in jobs]
+
+        curves = [Curve("trained to the end", x_of(done), y_of(done), 0, points=True),
+                  Curve("stopped early", x_of(stopped), y_of(stopped), 4, points=True, faint=True),
                   Curve("infeasible", x_of(failed), [bad] * len(failed), 1, points=True)]
         parts = found["matters"][dim.key]
         if dim.kind != "choice":
             xs = [x for p in parts for x in p["part"]]
-            curves.append(Curve("best of each quarter", xs, [p["best"] for p in parts for _ in p["part"]], 2, faint=True))
+            ys = [sign * min(sign * p["best"], worst) for p in parts for _ in p["part"]]
+            curves.append(Curve("best of each quarter", xs, ys, 2, faint=True))
         told = ", ".join(f"{i}: {option}" for i, option in enumerate(dim.options))
+        hidden = sum(sign * job["metric"] > worst for job in done + stopped)
+        told = "; ".join(filter(None, [told, f"{hidden} worse trials are drawn at the edge" if hidden else ""]))
         curves = [c for c in curves if len(c.x)]
         if curves:
             plots.append(Plot(dim.key, dim.key, found["metric"], curves, log_x=dim.kind in ("log", "log_int"), note=told))
