@@ -54,6 +54,12 @@ def fake(monkeypatch):
     monkeypatch.setattr(search_trial, "POLL_S", 0.01)
 
 
+def test_the_search_itself_imports_no_jax():
+    """Its trials are processes of their own, which need the device and the memory."""
+    code = "import sys, jaxllm.plan.search, jaxllm.plan.search_report, jaxllm.plan.search_page, jaxllm.plan.search_gp; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 # ---------------------------------------------------------------- the space
 
 

@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxllm.train.config import RunConfig
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    dir: str = "runs/search"  # everything the study writes, the runs of its trials too
+    seed: int = 0  # of what is chosen; the trials have that of their base
+    overwrite: bool = False  # delete the study in `dir` and start anew
+
+    def __post_init__(self):
+        if self.seed < 0 or not self.dir:
+            raise ValueError(f"run.seed={self.seed}, run.dir={self.dir!r}: should be 0 or more, and a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +31,7 @@ class HalvingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchVerb:
-    run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/search"))
+    run: StudyConfig = field(default_factory=StudyConfig)
     base: Any = None  # the config of `jaxllm pretrain` that trials begin from: a file, or its groups themselves
     fixed: dict[str, Any] = field(default_factory=dict)  # settings of every trial over those of `base`, e.g. {train.steps: 200}
     # setting -> where it may lie: {log: [1e-4, 1e-1]}, {uniform: [0, 0.3]}, {one_minus_log: [0.9, 0.999]} (log in 1 - value),
