@@ -6,6 +6,7 @@ It reads what the search gives a trial on the command line, writes metrics.jsonl
 from its last checkpoint. A learning rate above 0.1 diverges at step 5.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -28,6 +29,8 @@ def train(words: list[str]) -> int:
     settings = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
     folder = pathlib.Path(settings["run.dir"])
     until = int(settings.get("train.stop_at", STEPS))
+    lock = (folder / "run.lock").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a run does: two at once would be an error
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     done = max((int(p.name) for p in checkpoints.glob("[0-9]*")), default=0)

@@ -298,6 +298,19 @@ def test_killed_at_random_moments_is_never_killed(tmp_path):
     assert claims, "no kill met a trial that was under way"
 
 
+def test_a_trial_that_a_killed_worker_left_behind_is_waited_for(tmp_path):
+    write(tmp_path, trials=2, sampler="random")
+    log = tmp_path / "starts"
+    process = start(tmp_path / "search.yaml", env={"FAKE_SLEEP": "0.1", "FAKE_STARTS": str(log)})
+    runs.wait_for(lambda: (tmp_path / "study/runs/0000/metrics.jsonl").exists())
+    process.kill()  # the worker alone: its trial goes on
+    code, text = runs.finish(start(tmp_path / "search.yaml", env={"FAKE_STARTS": str(log)}))
+    assert code == 0, text
+    assert log.read_text().splitlines()[:2] == ["0000 0 20", "0000 20 20"]  # it was at its end when it was started again
+    assert [json.loads(x)["step"] for x in (tmp_path / "study/runs/0000/metrics.jsonl").read_text().splitlines()] == list(range(1, 21))
+    process.communicate()
+
+
 def test_two_processes_share_a_study(tmp_path):
     write(tmp_path, trials=8, sampler="quasi_random")
     log = tmp_path / "starts"

@@ -19,6 +19,11 @@ def check(sampler: str) -> None:
             import optuna  # noqa: F401
         except ModuleNotFoundError:
             raise UserError(f"sampler={sampler} needs optuna: pip install 'jaxllm[optuna]'; own needs nothing") from None
+    if sampler == "gp":
+        try:
+            import torch  # noqa: F401
+        except ModuleNotFoundError:
+            raise UserError("sampler=gp needs torch besides optuna: pip install torch; own is a Gaussian process too") from None
 
 
 Known = list[tuple[dict, float | None]]

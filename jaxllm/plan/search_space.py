@@ -5,6 +5,7 @@ D settings of the space, F features of a trial.
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 
@@ -38,7 +39,7 @@ class Dimension:
         if self.kind in ("int", "log_int"):  # half a unit of room on both sides, so that the ends have as much as the others
             low, high = self._scaled(self.low - 0.5), self._scaled(self.high + 0.5)
             return int(min(max(round(self._unscaled(low + u * (high - low))), self.low), self.high))
-        low, high = self._scaled(self.low), self._scaled(self.high)
+        low, high = self.ends
         x = self._unscaled(low + u * (high - low))
         x = 1 - rounded(1 - x) if self.kind == "one_minus_log" else rounded(x)
         return float(min(max(round(x, 15), self.low), self.high))
@@ -47,7 +48,7 @@ class Dimension:
         """Returns where a value lies: 0 at the low end, 1 at the high one, outside below 0 or above 1; for options, even."""
         if self.kind == "choice":
             return (self.options.index(value) + 0.5) / len(self.options)
-        low, high = self._scaled(self.low), self._scaled(self.high)
+        low, high = self.ends
         try:
             return (self._scaled(value) - low) / (high - low)
         except ValueError:  # the log of 0
@@ -72,6 +73,11 @@ class Dimension:
         told = f"[{', '.join(map(str, self.options))}]" if self.kind == "choice" else f"[{self.low:g}, {self.high:g}]"
         when = f" when {', '.join(f'{k}={v}' for k, v in self.when)}" if self.when else ""
         return f"{self.kind} {told}{when}"
+
+    @functools.cached_property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of the range in its own scale."""
+        return self._scaled(self.low), self._scaled(self.high)
 
     def _scaled(self, x: float) -> float:
         if self.kind == "one_minus_log":
@@ -109,8 +115,7 @@ class Space:
         """Returns the features [F] of a trial's settings; those of a setting that does not count are the middle."""
         out = []
         for dim in self.dimensions:
-            width = len(dim.features(dim.value(0.5)))
-            out += dim.features(params[dim.key]) if dim.key in params else [0.5] * width
+            out += dim.features(params[dim.key]) if dim.key in params else [0.5] * len(dim.features(dim.value(0.5)))
         return np.array(out)
 
     def holds(self, params: dict) -> bool:
