@@ -166,11 +166,11 @@ class TwoValleys(Surface):
 SURFACES = {"learning_rate": LearningRate, "ridge": Ridge, "choices": Choices, "eight": Eight, "two_valleys": TwoValleys}
 
 
-def regrets(surface: Surface, sampler: str, seed: int) -> list[float]:
-    """Returns the regret after each budget."""
+def regrets(surface: Surface, sampler: str, seed: int, budgets: tuple[int, ...] = BUDGETS) -> list[float]:
+    """Returns the regret after each budget; a study without a feasible trial counts as 1."""
     known, truths = [], []
     tpe = native_tpe(seed) if sampler == "tpe" else None
-    for number in range(BUDGETS[-1]):
+    for number in range(budgets[-1]):
         if tpe is not None:
             trial, params = tpe.ask(), {}
             for dim in surface.space.dimensions:
@@ -186,7 +186,7 @@ def regrets(surface: Surface, sampler: str, seed: int) -> list[float]:
         known.append((params, value))
         truths.append(surface.truth(params))
     out = []
-    for budget in BUDGETS:
+    for budget in budgets:
         feasible = [i for i in range(budget) if known[i][1] is not None]
         worst = 1.0 if not feasible else truths[min(feasible, key=lambda i: known[i][1])] - surface.lowest
         out.append(worst)

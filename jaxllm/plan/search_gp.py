@@ -10,6 +10,8 @@ settings.
 D settings of the space, F features of a trial, N trials, C candidates.
 """
 
+import inspect
+
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
@@ -19,7 +21,6 @@ from jaxllm.plan.search_space import Space
 
 WIDE, NEAR = 512, 256  # candidates all over the space, and around the best trials
 JITTER = 1e-8
-SHIFTS, UCB, LEAST = (0.0,), 0, 0.03
 MIDDLE, SPREAD = (-0.35, 0.0, -3.0, -5.0), (0.8, 1.0, 1.5, 2.5)  # of normal priors: log length, variance, quadratic, noise
 
 
@@ -37,7 +38,7 @@ def ask(space: Space, known: list[tuple[dict, float | None]], pending: list[dict
     x_NF = np.array([space.features(params) for params, _ in good])
     y_N = standard(drawn_in(np.array([value for _, value in good])))
     model = Process.fit(x_NF, y_N)
-    if pending:  # the constant liar of Ginsbourger et al. 2010: what is under way is taken to give what the process expects
+    if pending:  # taken to give what the process expects: the kriging believer of Ginsbourger et al. 2010
         lie_PF = np.array([space.features(params) for params in pending])
         model = Process(model.theta, np.concatenate([x_NF, lie_PF]), np.concatenate([y_N, model.predict(lie_PF)[0]]))
     tried = {repr(sorted(params.items())) for params in [p for p, _ in known] + pending}
@@ -45,17 +46,9 @@ def ask(space: Space, known: list[tuple[dict, float | None]], pending: list[dict
     # of a small space every point may have been tried: then another run of the best-looking one
     choices = [params for params in choices if repr(sorted(params.items())) not in tried] or choices
     x_CF = np.array([space.features(params) for params in choices])
-    worth_C = 0.0
-    for shift in SHIFTS:
-        other = Process(model.theta - shift * (np.arange(len(model.theta)) < len(model.theta) - 3), model.x_NF, model.y_N)
-        mean_C, std_C = other.predict(x_CF)
-        best = other.predict(x_NF)[0].min()  # of the process, not of the losses, whose lowest owes something to luck
-        if UCB and number % UCB == 0:
-            worth_C = worth_C + np.exp(-(mean_C - 2 * std_C))
-        else:
-            worth_C = worth_C + improvement(best - mean_C, std_C)
-    worth_C = worth_C * feasible(space, known, x_CF)
-    return choices[int(np.argmax(worth_C))]
+    mean_C, std_C = model.predict(x_CF)
+    best = model.predict(x_NF)[0].min()  # of the process, not of the losses, whose lowest owes something to luck
+    return choices[int(np.argmax(improvement(best - mean_C, std_C) * feasible(space, known, x_CF)))]
 
 
 def feasible(space: Space, known, x_CF: np.ndarray) -> np.ndarray:
@@ -70,12 +63,11 @@ def feasible(space: Space, known, x_CF: np.ndarray) -> np.ndarray:
 def candidates(space: Space, known: list[dict], model: "Process", number: int, seed: int) -> list[dict]:
     """Returns settings all over the space and, closer and closer, around the three trials that the process likes best."""
     rng, d = np.random.default_rng([seed, number]), len(space.dimensions)
-    with np.errstate(all="ignore"):
-        wide_CD = qmc.Sobol(d, scramble=True, **random_state(rng)).random(WIDE)
+    wide_CD = qmc.Sobol(d, scramble=True, **random_state(rng)).random(WIDE)
     mean_N = model.predict(np.array([space.features(params) for params in known]))[0]
     centre_ND = np.array([space.encode(known[i]) for i in np.argsort(mean_N, kind="stable")[:3]])
     centre_CD = centre_ND[rng.integers(len(centre_ND), size=NEAR)]
-    step_C = np.geomspace(LEAST, 0.3, NEAR)
+    step_C = np.geomspace(0.03, 0.3, NEAR)  # nearer ones would tell noise from noise
     moved_CD = rng.random((NEAR, d)) < max(0.5, 1 / d)
     near_CD = np.abs(centre_CD + moved_CD * step_C[:, None] * rng.standard_normal((NEAR, d)))
     near_CD = np.clip(np.where(near_CD > 1, 2 - near_CD, near_CD), 0, 1)  # reflected: clipped ones would crowd at the ends
@@ -102,8 +94,6 @@ def improvement(gain_C: np.ndarray, std_C: np.ndarray) -> np.ndarray:
 
 def random_state(rng) -> dict:
     """Returns the argument that SciPy's quasi-random engines take a generator by: `rng` since 1.15, `seed` before."""
-    import inspect
-
     return {"rng" if "rng" in inspect.signature(qmc.Sobol).parameters else "seed": rng}
 
 
@@ -111,7 +101,7 @@ class Process:
     """A Gaussian process with zero mean: its covariance's numbers and what it was shown."""
 
     def __init__(self, theta: np.ndarray, x_NF: np.ndarray, y_N: np.ndarray):
-        self.theta, self.x_NF, self.y_N = theta, x_NF, y_N
+        self.theta, self.x_NF = theta, x_NF
         k_NN = covariance(theta, x_NF, x_NF) + (np.exp(theta[-1]) + JITTER) * np.eye(len(x_NF))
         self.factor = cho_factor(k_NN, lower=True)
         self.weight_N = cho_solve(self.factor, y_N)
