@@ -194,6 +194,7 @@ def regret(sampler: str, seeds: int, budgets=(16, 32, 64)) -> np.ndarray:
     return np.median([search_regret.regrets(search_regret.LearningRate(seed), sampler, seed, budgets) for seed in range(seeds)], axis=0)
 
 
+@pytest.mark.slow
 def test_our_own_sampler_beats_the_quasi_random_start_it_grows_from():
     assert regret("own", 5, (24,)) < 0.5 * regret("quasi_random", 5, (24,))
 
