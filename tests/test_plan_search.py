@@ -97,7 +97,7 @@ def test_a_bad_space_is_one_line_and_exit_2(tmp_path, space, says, capsys):
 @pytest.mark.parametrize(("keys", "says"), [
     ({"base": None}, "base: is missing"), ({"trials": 0}, "trials=0: should be at least 1"),
     ({"points": [{"optim.l": 1}]}, "points[0]: 'optim.l' is not a setting of the space; did you mean 'optim.lr'?"),
-    ({"points": [{"optim.lr": -1}]}, "optim.lr=-1.0: should be above 0"),
+    ({"points": [{}, {"optim.lr": -1}]}, "points[1]: optim.lr=-1.0: should be above 0"),
     ({"fixed": {"optim.lrr": 1}}, "fixed: unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
     ({"fixed": {"train.eval_every": 0}}, "metric=eval_loss: needs held-out text"),
     ({"asha": {"min_steps": 20}}, "should be below the 20 steps"), ({"asha": {"factor": 1}}, "asha.factor=1: should be at least 2"),

@@ -143,7 +143,10 @@ def read_point(i: int, point, space: Space, base: dict) -> dict:
             params[dim.key] = given.get(dim.key, own.get(dim.key))
         elif dim.key in given:
             raise UserError(f"points[{i}]: {dim.key} counts only when {', '.join(f'{k}={v}' for k, v in dim.when)}")
-    config.of_tree(PretrainConfig, nested(base, params), f"points[{i}]")
+    try:
+        config.of_tree(PretrainConfig, nested(base, params), "the config")
+    except UserError as e:
+        raise UserError(f"points[{i}]: {e}") from None
     return params
 
 
