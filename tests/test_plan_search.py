@@ -356,6 +356,7 @@ def test_asked_to_stop_saves_and_says_how_to_go_on(tmp_path):
     time.sleep(0.5)
     assert (tmp_path / "study/runs/0000/metrics.jsonl").read_text() == written  # the trial has stopped too
     assert made(tmp_path / "study")[0]["state"] == "running"
+    assert (tmp_path / "study/report.html").exists()  # of what there was
 
 
 def test_errors_of_all_trials_stop_the_study_with_the_first_one_s_words(tmp_path, fake):
@@ -540,7 +541,7 @@ def test_a_gain_within_the_noise_of_seeds_is_told():
 
 @pytest.mark.slow
 def test_a_promoted_trial_is_one_that_was_never_stopped(tmp_path):
-    """The trial that successive halving stopped twice and resumed has the metrics and the arrays of an unbroken run."""
+    """The trial that successive halving stopped at step 6 and took on to 12 has the losses of a run of 20 steps."""
     path = write(tmp_path, trials=2, asha={"min_steps": 6, "factor": 2}, sampler="quasi_random", fixed={"optim.schedule": "cosine"})
     code, text = runs.finish(runs.start("plan", "search", path, "--space.optim.lr.log=[1e-3,1e-2]"), timeout=400)
     assert code == 0, text
@@ -559,3 +560,5 @@ def test_a_promoted_trial_is_one_that_was_never_stopped(tmp_path):
     held_out = {line["step"]: line["eval_loss"] for line in whole if "eval_loss" in line}
     both = [line for line in resumed if line.get("step") in held_out and "eval_loss" in line]
     assert both and all(line["eval_loss"] == held_out[line["step"]] for line in both)
+    code, text = runs.finish(runs.start(*words[:2], f"--run.dir={Folder(study).run_of(last)}", "--train.stop_at=12", *words[3:]))
+    assert code == 75 and "is at step 12 of 20, train.stop_at=12: raise it to go on" in text

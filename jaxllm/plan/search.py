@@ -32,10 +32,14 @@ def main(cfg: SearchVerb) -> dict:
     if cfg.run.overwrite:
         start_anew(folder, claims)
     study = same_study(study, folder)
-    with stopping_at_once(str(folder.path)):
-        work(study, folder, claims)
-        from jaxllm.plan.search_report import report
+    from jaxllm.plan.search_report import report, write_page
 
+    with stopping_at_once(str(folder.path)):
+        try:
+            work(study, folder, claims)
+        except Stopped:
+            write_page(study, folder)  # of what there is
+            raise
         return report(study, folder)
 
 

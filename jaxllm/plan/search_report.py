@@ -7,15 +7,21 @@ from jaxllm.plan.search_folder import Folder, write_whole
 from jaxllm.plan.search_setup import Study, nested, without_place
 
 
-def report(study: Study, folder: Folder) -> dict:
-    """Prints and writes what was found; returns it."""
+def write_page(study: Study, folder: Folder) -> dict:
+    """Writes report.html of the jobs that have ended; returns what was found in them."""
     from jaxllm.plan.search_page import page
     from jaxllm.report.page import write
 
-    jobs = folder.jobs()
+    jobs = [job for job in folder.jobs() if job["state"] != "running"]
     found = findings(study.rules, jobs, study.metric)
-    print(search_text.whole(study.rules, found))
     write(page(study.rules, folder, found, jobs), folder.path / "report.html")
+    return found
+
+
+def report(study: Study, folder: Folder) -> dict:
+    """Prints and writes what was found; returns it."""
+    found = write_page(study, folder)
+    print(search_text.whole(study.rules, found))
     if found["ranking"]:
         best = found["ranking"][0]
         head = f"# Trial {best['trial']} of {folder.path}: {study.metric} {best['metric']:.4f} at step {best['step']}\n"

@@ -83,6 +83,7 @@ def base_of(cfg: SearchVerb) -> dict:
     for key in flat_values(cfg.fixed):
         check_setting(key, "fixed", may=("run.seed", "checkpoint.", "log."))
     whole = config.to_dict(config.of_tree(PretrainConfig, nested(config.to_dict(base), flat_values(cfg.fixed)), "fixed"))
+    whole["train"]["stop_at"] = None  # each job's own
     if not whole["data"]["sources"]:
         raise UserError("base: data.sources is empty: give at least one, e.g. fixed: {data.sources.books.path: books/}")
     return whole
