@@ -804,6 +804,8 @@ FAULTS += [  # rewards and environments
           "self.mine.get(number) in found", "tests/test_plan_search.py -k taken_over"),
     Fault("a trial whose process was killed is given up at once", "jaxllm/plan/search_trial.py", "for attempt in (1, 2):", "for attempt in (2,):",
           "tests/test_plan_search.py -k process_killed_once"),
+    Fault("a trial that a killed worker left behind is started beside it", "jaxllm/plan/search_trial.py",
+          "        wait_until_free(folder, going_on)\n", "", "tests/test_plan_search.py -k left_behind"),
     Fault("halving promotes the worst", "jaxllm/plan/search_next.py", 'key=lambda job: (rules.loss(job), job["trial"]))\n        for',
           'key=lambda job: (-rules.loss(job), job["trial"]))\n        for', "tests/test_plan_search.py -k promotes"),
     Fault("a trial that failed later ranks", "jaxllm/plan/search_next.py", 'for job in last.values() if job["trial"] not in failed)',

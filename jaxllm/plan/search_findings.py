@@ -129,8 +129,8 @@ def noise(rules: Rules, jobs: list[dict], ranked: list[dict]) -> dict | None:
         if job is not None and job["trial"] != best:
             gain = sign * (fresh.get(job["trial"], job["metric"]) - fresh[best])
             n = (len(groups[best]) - 1, max(len(groups.get(job["trial"], [0])) - 1, 1))
-            out["gains"].append({"over": name, "trial": job["trial"], "gain": gain,
-                                 "noises": gain / (std * math.sqrt(1 / n[0] + 1 / n[1])) if std else math.inf})
+            error = std * math.sqrt(1 / n[0] + 1 / n[1])
+            out["gains"].append({"over": name, "trial": job["trial"], "gain": gain, "noises": gain / error if error else None})
     return out
 
 
@@ -162,7 +162,7 @@ def next_steps(found: dict, full: int) -> list[str]:
                        "range there")
     gains = found["seeds"]["gains"] if found["seeds"] else []
     for gain in gains:
-        if gain["over"] == "the next best" and gain["noises"] < 2:
+        if gain["over"] == "the next best" and gain["noises"] is not None and gain["noises"] < 2:
             out.append(f"noise: the best and the next best (trials {found['seeds']['best']} and {gain['trial']}) differ by "
                        f"{gain['noises']:.1f} standard errors: take whichever is cheaper")
     values = [row["metric"] for row in found["ranking"][:full]]

@@ -82,13 +82,11 @@ class Claims:
         if found and not self.dead(found[-1]):
             return False
         path = self.folder / f"{number:04}.{len(found)}"
-        try:
-            with writing(self.folder):
+        with writing(self.folder):
+            try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except UserError:
-            if path.exists():  # another was faster
+            except FileExistsError:  # another was faster
                 return False
-            raise
         with os.fdopen(descriptor, "w") as f:
             f.write(self.me)
         self.mine[number] = path

@@ -79,8 +79,9 @@ def seeds(found: dict) -> str:
     lines = [f"noise of a seed: standard deviation {s['std']:.4f} ({s['degrees']} degrees of freedom)"]
     lines += [f"  trial {trial}: {t['first']:.4f} when chosen, {t['mean']:.4f} on average of {len(t['repeats'])} other seeds"
               for trial, t in s["trials"].items()]
-    lines += [f"  trial {s['best']} over {g['over']} (trial {g['trial']}): {g['gain']:+.4f}, {g['noises']:.1f} standard errors"
-              for g in s["gains"]]
+    for g in s["gains"]:
+        errors = "no seed changed it" if g["noises"] is None else f"{g['noises']:.1f} standard errors"
+        lines.append(f"  trial {s['best']} over {g['over']} (trial {g['trial']}): {g['gain']:+.4f}, {errors}")
     return "\n".join(lines)
 
 
