@@ -40,7 +40,11 @@ class Surface:
     def observed(self, params: dict, number: int) -> float | None:
         value = self.truth(params)
         noise = np.random.default_rng([9, self.seed, number]).standard_normal()
-        return None if value is None else value + self.noise * noise
+        return None if value is None else value + self.noise * self.louder(params) * noise
+
+    def louder(self, params: dict) -> float:
+        """Returns what the noise of a run is multiplied with."""
+        return 1.0
 
 
 class LearningRate(Surface):
@@ -163,7 +167,40 @@ class TwoValleys(Surface):
         return np.array([*self.deep, self.decay])
 
 
-SURFACES = {"learning_rate": LearningRate, "ridge": Ridge, "choices": Choices, "eight": Eight, "two_valleys": TwoValleys}
+class Loud(Surface):
+    """Five settings; runs near the cliff, which is near the best, are up to six times as noisy. Made when `own` was fixed."""
+
+    SPACE = {"lr": {"log": [1e-5, 1e-1]}, "warmup": {"log_int": [1, 1000]}, "decay": {"log": [1e-3, 1]},
+             "dropout": {"uniform": [0, 0.5]}, "clip": {"log": [0.1, 10]}}
+
+    def __init__(self, seed: int):
+        rng = np.random.default_rng([6, seed])
+        self.lr, self.warm, self.decay = rng.uniform(-3.5, -2), rng.uniform(1, 2.5), rng.uniform(-2.5, -0.5)
+        self.dropout = rng.uniform(0, 0.2)
+        super().__init__(self.SPACE, 0.01, seed)
+
+    def off(self, p: dict) -> float:
+        """Returns how far, in powers of ten, a rate is above the best for its warm-up and clipping."""
+        warm, clip = math.log10(p["warmup"]) - self.warm, max(math.log10(p["clip"]), 0)
+        return math.log10(p["lr"]) - self.lr - 0.25 * warm + 0.2 * clip
+
+    def truth(self, p: dict) -> float | None:
+        off, decay = self.off(p), math.log10(p["decay"]) - self.decay
+        if off > 0.6:
+            return None
+        return (3 + 0.35 * abs(off) ** 1.5 + 0.05 * decay**2 + 0.05 * (math.log10(p["warmup"]) - self.warm) ** 2
+                + 1.5 * max(p["dropout"] - self.dropout, 0) ** 2 + 0.4 * max(self.dropout - p["dropout"], 0) ** 2)
+
+    def louder(self, p: dict) -> float:
+        return 1 + 5 * min(max(self.off(p) / 0.6, 0.0), 1.0)
+
+    def best(self):
+        return self.space.encode({"lr": 10**self.lr, "warmup": round(10**self.warm), "decay": 10**self.decay,
+                                  "dropout": self.dropout, "clip": 1.0})
+
+
+SURFACES = {"learning_rate": LearningRate, "ridge": Ridge, "choices": Choices, "eight": Eight, "two_valleys": TwoValleys,
+            "loud": Loud}
 
 
 def regrets(surface: Surface, sampler: str, seed: int, budgets: tuple[int, ...] = BUDGETS) -> list[float]:

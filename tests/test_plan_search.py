@@ -201,7 +201,7 @@ def test_our_own_sampler_beats_the_quasi_random_start_it_grows_from():
 
 @pytest.mark.slow
 def test_our_own_sampler_is_no_worse_than_optuna_s_tpe():
-    """Median regret of 20 seeds after 16, 32 and 64 trials; benchmarks/search_regret.py has four surfaces more."""
+    """Median regret of 20 seeds after 16, 32 and 64 trials; benchmarks/search_regret.py has five surfaces more."""
     pytest.importorskip("optuna", reason="needs optuna: pip install 'jaxllm[optuna]'")
     assert np.all(regret("own", 20) <= regret("tpe", 20))
 
