@@ -36,7 +36,8 @@ def program(model: ModelConfig = MODEL, *, devices: int = 1, stage: int = 1, dat
     mesh = make_mesh(MeshConfig(stage=stage, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor,
                                 dcn=DcnConfig(data=slices)), jax.devices()[:devices])
     cfg = TrainConfig(steps=steps, **{"batch_size": ROWS, "loss_chunk": 10} | train)
-    return build(model, cfg, make_optimizer(optim or OptimConfig(lr=1e-3, schedule="constant"), steps or 10), mesh, seed=seed)
+    optimizer = make_optimizer(optim or OptimConfig(lr=1e-3, schedule="constant"), steps or 10, model, noise_steps=cfg.noise_scale)
+    return build(model, cfg, optimizer, mesh, seed=seed)
 
 
 def run(prog, batches, state=None):

@@ -38,7 +38,7 @@ class DPOProgram:
             trained = placed_shapes(lambda: make(self.frozen), mesh)
             load = partial(jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, trained)), self.frozen)
         reading = Reading(self.graph, dtype, cfg.train.loss_chunk, cfg.lora)
-        optimizer = make_optimizer(cfg.optim, steps)
+        optimizer = make_optimizer(cfg.optim, steps, cfg.model)
         trained_loss = partial(loss, reading._replace(moe=cfg.model.moe if cfg.model.moe.experts else None), formula(cfg))
         made = supervised.program(self.graph, trained, trained_loss, optimizer, mesh, cfg.train, seed=cfg.run.seed,
                                   frozen=self.frozen, held_out=partial(loss, reading, formula(cfg)),

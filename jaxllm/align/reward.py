@@ -80,7 +80,7 @@ def train(cfg: RewardVerb, folder: pathlib.Path, data, rows, tokenizer, steps: i
     with jax.set_mesh(mesh):
         params = start_params(cfg, abstract, partial(with_trunk, params=load_weights(cfg.base, mesh)[1]))
         prog = program(graph, params, partial(loss, graph, dtype, moe=moe if moe.experts else None),
-                       make_optimizer(cfg.optim, steps), mesh, cfg.train, seed=cfg.run.seed, bias_rate=moe.bias_rate,
+                       make_optimizer(cfg.optim, steps, cfg.model), mesh, cfg.train, seed=cfg.run.seed, bias_rate=moe.bias_rate,
                        held_out=partial(loss, graph, dtype))
     begin(cfg, config.to_dict(cfg), verb="reward")
 

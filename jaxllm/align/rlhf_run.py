@@ -117,11 +117,11 @@ def program_of(cfg: RLHFConfig, mesh, graph, reference, tokenizer, text):
     from jaxllm.train.state import compute_dtype
 
     n_updates = cfg.train.iterations * cfg.train.epochs * cfg.train.minibatches
-    start, optimizers, critic_graph = {"policy": reference}, {"policy": make_optimizer(cfg.optim, n_updates)}, None
+    start, optimizers, critic_graph = {"policy": reference}, {"policy": make_optimizer(cfg.optim, n_updates, cfg.model)}, None
     if cfg.algorithm == "ppo":
         critic_graph, start["critic"] = critic_of(cfg, mesh, reference, tokenizer)
         lr = cfg.ppo.critic_lr or cfg.optim.lr
-        optimizers["critic"] = make_optimizer(dataclasses.replace(cfg.optim, lr=lr), n_updates)
+        optimizers["critic"] = make_optimizer(dataclasses.replace(cfg.optim, lr=lr), n_updates, cfg.model)
     dtype = compute_dtype(cfg.train.precision, mesh.devices.flat[0].platform)
     reading = Reading(dtype, cfg.prompts.prompt_len, tokenizer.vocab_size, cfg.rollout.temperature, cfg.train.loss_chunk,
                       sparse(cfg))

@@ -156,8 +156,9 @@ def _program(cfg: SFTConfig, mesh, steps: int, *, begun: bool):
     objective = Objective(graph, dtype, cfg.train.loss_chunk, 0.0, 0.0, cfg.model.dropout,
                           cfg.model.moe if cfg.model.moe.experts else None)
     loss = partial(sft_loss, objective, cfg.train.noise, cfg.lora)
-    program = supervised.program(graph, params, loss, make_optimizer(cfg.optim, steps), mesh, cfg.train, seed=cfg.run.seed,
-                                 frozen=frozen, keyed=bool(cfg.train.noise or cfg.model.dropout),
+    optimizer = make_optimizer(cfg.optim, steps, cfg.model)
+    program = supervised.program(graph, params, loss, optimizer, mesh, cfg.train, seed=cfg.run.seed, frozen=frozen,
+                                 keyed=bool(cfg.train.noise or cfg.model.dropout),
                                  bias_rate=cfg.model.moe.bias_rate)
     evaluate = jax.jit(partial(held_out_loss, objective, cfg.lora), out_shardings=replicated(mesh))
     program = dataclasses.replace(program, eval_step=lambda params, batch: evaluate(params, frozen, batch))

@@ -42,6 +42,25 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuPConfig:
+    """Maximal update parametrisation: hyper-parameters that are best for a small model stay best for a large one (docs/mup.md).
+
+    Yang et al. 2022 (Tensor Programs V) for width, Dey et al. 2025 (CompleteP) for depth.
+    """
+
+    base_width: int | None = None  # d_model where the learning rate was chosen; null: the standard parametrisation
+    base_depth: int | None = None  # n_layers where it was chosen; null: what depth changes is left as in the standard one
+    base_head_dim: int | None = None  # a head's width there; null: as here, wider models having more heads
+
+    def __post_init__(self):
+        for name in ("base_width", "base_depth", "base_head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"model.mup.{name}={getattr(self, name)}: should be at least 1, or null")
+        if self.base_width is None and (self.base_depth or self.base_head_dim):
+            raise ValueError("model.mup.base_width=null: should be given where base_depth or base_head_dim is")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Low-rank adapters on the matrices of every block, beside frozen weights (model/lora.py)."""
 
@@ -80,6 +99,7 @@ class ModelConfig:
     dropout: float = 0.0  # share of each block's output set to 0 in training
     tied: bool = False  # the output head is the embedding's transpose
     moe: MoEConfig = field(default_factory=MoEConfig)
+    mup: MuPConfig = field(default_factory=MuPConfig)
 
     def __post_init__(self):
         for name in ("d_model", "n_layers", "n_heads", "max_seq_len"):
@@ -106,6 +126,20 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def times_width(self) -> float:
+        """Times the width that the learning rate was chosen at; 1 in the standard parametrisation."""
+        return self.d_model / (self.mup.base_width or self.d_model)
+
+    @property
+    def times_depth(self) -> float:
+        return self.n_layers / (self.mup.base_depth or self.n_layers)
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied with besides 1 / sqrt(head width): scores are then q k / head width, as at the base."""
+        return ((self.mup.base_head_dim or self.head_dim) / self.head_dim) ** 0.5
 
     @property
     def kv_heads(self) -> int:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
-from jaxllm.model.layers import std_of, weight
+from jaxllm.model.layers import std_of_few, std_of_words, weight
 from jaxllm.model.transformer import Trunk
 
 
@@ -14,13 +14,15 @@ class LanguageModel(nnx.Module):
     """A trunk and the matrix from its hidden states to the vocabulary."""
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
-        self.window = cfg.window
+        self.window, self.readout = cfg.window, 1 / cfg.times_width
         self.trunk = Trunk(cfg, form, rngs=rngs)
         self.out_DV = None if cfg.tied else weight(rngs, {"embed": cfg.d_model, "vocab": cfg.vocab_size},
-                                                   std=std_of(cfg, cfg.d_model))
+                                                   std=std_of_words(cfg))
 
     def head_DV(self) -> jax.Array:
-        return self.trunk.embed_VD[...].T if self.out_DV is None else self.out_DV[...]
+        """Returns what hidden states are multiplied with: every logit there is comes from here, muP's 1 / times_width in it."""
+        head_DV = self.trunk.embed_VD[...].T if self.out_DV is None else self.out_DV[...]
+        return head_DV if self.readout == 1 else self.readout * head_DV
 
     def hidden(self, token_BT, pos_BT, doc_BT=None, key=None) -> jax.Array:
         """Returns x_BTD, documents kept apart; `key` turns dropout on. Logits are x_BTD @ head_DV(), never made here."""
@@ -50,7 +52,8 @@ class ScoreModel(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, n_scores: int = 1, *, rngs: nnx.Rngs):
         self.trunk = Trunk(cfg, form, rngs=rngs)
         # Ziegler et al. 2019 and Stiennon et al. 2020: standard deviation 1 / sqrt(D + 1)
-        self.score_DO = weight(rngs, {"embed": cfg.d_model, "scores": n_scores}, std=(cfg.d_model + 1) ** -0.5)
+        self.score_DO = weight(rngs, {"embed": cfg.d_model, "scores": n_scores},
+                              std=std_of_few(cfg, (cfg.d_model + 1) ** -0.5))
         self.bias_O = nnx.Param(jnp.zeros(n_scores, jnp.float32), axes=("norm",))
 
     def scores(self, token_BT, pos_BT, doc_BT) -> jax.Array:

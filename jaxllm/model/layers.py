@@ -21,9 +21,26 @@ def weight(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
 
 
 def std_of(cfg: ModelConfig, fan_in: int, *, residual: bool = False) -> float:
-    """Standard deviation of a weight's init; `residual`: its output is added to the stream 2 n_layers times (GPT-2)."""
-    std = fan_in**-0.5 if cfg.init == "fan_in" else 0.02
-    return std * (2 * cfg.n_layers) ** -0.5 if residual else std
+    """Standard deviation of a matrix's init; `residual`: its output is added to the stream 2 n_layers times (GPT-2).
+
+    With muP both kinds of init fall with the width, and a base depth stands for the depth: see `Block.add`.
+    """
+    std = fan_in**-0.5 if cfg.init == "fan_in" else 0.02 * cfg.times_width**-0.5
+    return std * (2 * (cfg.mup.base_depth or cfg.n_layers)) ** -0.5 if residual else std
+
+
+def std_of_words(cfg: ModelConfig) -> float:
+    """Standard deviation of the embedding's and the head's init; with muP the base's at every width."""
+    return std_of(cfg, cfg.d_model) * cfg.times_width**0.5
+
+
+def std_of_few(cfg: ModelConfig, std: float) -> float:
+    """Standard deviation of a matrix from the width to a few numbers (a router's, a score's), of `std` without muP.
+
+    They are read out as logits are (Yang et al. 2022, table 8), but with 1 / times_width in init and learning rate in place
+    of a multiplier.
+    """
+    return std * cfg.times_width**-0.5
 
 
 class RMSNorm(nnx.Module):
@@ -84,7 +101,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         D, K, H = cfg.d_model, cfg.kv_heads, cfg.head_dim
         G = cfg.n_heads // K
-        self.form = form
+        self.form, self.query_scale = form, cfg.query_scale
         # One matmul for all three; a kv head's G queries, key and value stay on one device.
         self.qkv_DKGH = weight(rngs, {"embed": D, "kv_heads": K, "qkv": G + 2, "head_dim": H}, std=std_of(cfg, D))
         self.out_NHD = weight(rngs, {"heads": cfg.n_heads, "head_dim": H, "embed": D},
@@ -99,6 +116,8 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = q_BTKGH.reshape(B, T, K * (G - 2), H), k_BTK1H[:, :, :, 0], v_BTK1H[:, :, :, 0]
         if angles is not None:
             q_BTNH, k_BTKH = rope(q_BTNH, *angles), rope(k_BTKH, *angles)
+        if self.query_scale != 1:  # here, before any body of attention, which all multiply with 1 / sqrt(H)
+            q_BTNH *= self.query_scale
         o_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache)
         return rows(o_BTNH, self.out_NHD, self.form), cache
 

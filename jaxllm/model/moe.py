@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxllm.model.config import ModelConfig, MoEConfig
 from jaxllm.model.dispatch import dropless, with_capacity
 from jaxllm.model.formulation import Formulation
-from jaxllm.model.layers import ACTIVATIONS, FeedForward, GatedFeedForward, gated, std_of, weight
+from jaxllm.model.layers import ACTIVATIONS, FeedForward, GatedFeedForward, gated, std_of, std_of_few, weight
 from jaxllm.model.split import placed
 from jaxllm.partition import kept, spec
 
@@ -63,7 +63,7 @@ class SparseFeedForward(nnx.Module):
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         moe, D, F = cfg.moe, cfg.d_model, cfg.expert_width
         self.moe, self.activation, self.grouped = moe, cfg.activation, form.grouped
-        self.router_DE = weight(rngs, {"embed": D, "router": moe.experts}, std=std_of(cfg, D))
+        self.router_DE = weight(rngs, {"embed": D, "router": moe.experts}, std=std_of_few(cfg, std_of(cfg, D)))
         into = {"experts": moe.experts, "embed": D, "mlp": F}
         if cfg.gated:
             self.gate_EDF = weight(rngs, into, std=std_of(cfg, D))

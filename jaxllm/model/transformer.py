@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.formulation import Formulation
-from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of, weight
+from jaxllm.model.layers import NORMS, Attention, FeedForward, GatedFeedForward, dropout, rotation, std_of_words, weight
 from jaxllm.model.moe import SparseFeedForward
 from jaxllm.model.remat import named
 from jaxllm.model.split import GATHERED, look_up, spread_gains, stream
@@ -39,7 +39,7 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs, sparse: bool = False):
         norm, ff = NORMS[cfg.norm], SparseFeedForward if sparse else GatedFeedForward if cfg.gated else FeedForward
-        self.sparse = sparse
+        self.sparse, self.share = sparse, 1 / cfg.times_depth
         self.drop = partial(dropout, rate=cfg.dropout, order=form.order)
         self.attn_norm, self.attn = norm(cfg.d_model, cfg.norm_eps), Attention(cfg, form, rngs=rngs)
         self.mlp_norm, self.mlp = norm(cfg.d_model, cfg.norm_eps), ff(cfg, form, rngs=rngs)
@@ -48,10 +48,15 @@ class Block(nnx.Module):
         """Returns the stream, the cache, and what a sparse layer's router did (Routed; None of a dense layer)."""
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), angles, attend, cache)
-        x_BTD = residual(x_BTD + self.drop(y_BTD, key=attn_key))
+        x_BTD = self.add(x_BTD, y_BTD, attn_key)
         h_BTD = self.mlp_norm(x_BTD)
         y_BTD, routed = self.mlp(h_BTD, real_BT, capacity) if self.sparse else (self.mlp(h_BTD), None)
-        return residual(x_BTD + self.drop(y_BTD, key=mlp_key)), cache, routed
+        return self.add(x_BTD, y_BTD, mlp_key), cache, routed
+
+    def add(self, x_BTD, y_BTD, key=None):
+        """Returns the stream with a layer's output added: with a base depth (CompleteP), base_depth / n_layers of it."""
+        y_BTD = self.drop(y_BTD, key=key)
+        return residual(x_BTD + (y_BTD if self.share == 1 else self.share * y_BTD))
 
 
 class Turn(nnx.Module):
@@ -84,7 +89,7 @@ class Trunk(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, form: Formulation, *, rngs: nnx.Rngs):
         self.cfg, self.form, self.n_units = cfg, form, cfg.n_layers // cfg.layers_a_unit
-        self.embed_VD = weight(rngs, {"vocab": cfg.vocab_size, "embed": cfg.d_model}, std=std_of(cfg, cfg.d_model))
+        self.embed_VD = weight(rngs, {"vocab": cfg.vocab_size, "embed": cfg.d_model}, std=std_of_words(cfg))
         unit = Turn if cfg.layers_a_unit > 1 else partial(Block, sparse=bool(cfg.moe.experts))
         key_L = jax.random.split(rngs.params(), self.n_units)
         self.blocks_L = nnx.vmap(lambda key: unit(cfg, form, rngs=nnx.Rngs(key)))(key_L)

@@ -42,7 +42,8 @@ def measure(cfg: CompileVerb) -> dict:
     mesh = mesh_of(cfg, topology)
     check_length(cfg.data.seq_len, mesh)
     check_groups(cfg.train, mesh)
-    program = build(cfg.model, cfg.train, make_optimizer(cfg.optim, n_steps(cfg)), mesh)
+    optimizer = make_optimizer(cfg.optim, n_steps(cfg), cfg.model, noise_steps=cfg.train.noise_scale)
+    program = build(cfg.model, cfg.train, optimizer, mesh)
     rows = batch_sharding(mesh)
     kinds = {"token_BT": np.int32, "target_BT": np.int32, "pos_BT": np.int32, "doc_BT": np.int32, "weight_BT": np.float32}
     shape = cfg.train.batch_size, cfg.data.seq_len

@@ -71,6 +71,7 @@ PANELS = (
     Panel("Expert load", "tokens of the fullest expert, times the mean", ("expert_load",), zero=True),
     Panel("Learning rate", "", ("lr",), zero=True),
     Panel("Gradient norm", "log scale", ("grad_norm",), log=True, smooth=True),
+    Panel("Gradient noise scale", "tokens, log scale", ("noise_scale",), log=True),
     Panel("Throughput", "tokens a second", ("tokens_per_s",), smooth=True, zero=True),
     Panel("Model FLOP/s", "TFLOP/s", ("model_tflops_per_s",), smooth=True, zero=True),
     Panel("Model FLOP utilisation", "% of the chips' peak", ("mfu",), smooth=True, percent=True, zero=True),

@@ -65,6 +65,9 @@ class TrainConfig:
     loss_chunk: int = 128  # positions of a sequence whose logits are held at once
     z_loss: float = 0.0  # weight of the squared log-normaliser, which keeps logits small (PaLM: 1e-4)
     label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary
+    # steps that the gradient noise scale, the tokens beyond which a larger batch brings little, is averaged over; it is taken
+    # from the micro-batches and logged as noise_scale, for `jaxllm plan batch`. 0: not measured
+    noise_scale: int = 0
     eval_every: int = 200  # steps between evaluations on held-out rows; 0: never
     eval_rows: int = 64  # held-out rows an evaluation uses, the same ones each time; 0: all
     sample_every: int = 500  # steps between samples; 0: never
@@ -83,11 +86,14 @@ class TrainConfig:
             raise ValueError(f"train.sync={self.sync} with train.groups={self.groups}: local_sgd and diloco need 2 groups or "
                              "more, every_step has 1")
         self._check_meetings()
-        for name in ("z_loss", "eval_every", "eval_rows", "sample_every"):
+        for name in ("z_loss", "eval_every", "eval_rows", "sample_every", "noise_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: should be 0 or more")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"train.batch_size={self.batch_size} is not divisible by train.micro_batches={self.micro_batches}")
+        if self.noise_scale and (self.micro_batches < 2 or self.sync != "every_step"):
+            raise ValueError(f"train.noise_scale={self.noise_scale} with train.micro_batches={self.micro_batches}, train.sync="
+                             f"{self.sync}: needs 2 micro-batches or more, whose gradients are compared, and every_step")
         try:
             named(self.remat)
         except ValueError as e:

@@ -25,7 +25,8 @@ def main(cfg: InspectVerb) -> dict:
         return of_another_verb(folder, cfg)
     run = read_config(folder)
     mesh = run_mesh(run)
-    program = build(run.model, looked_at(run.train), make_optimizer(run.optim, n_steps(run)), mesh)
+    optimizer = make_optimizer(run.optim, n_steps(run), run.model, noise_steps=run.train.noise_scale)
+    program = build(run.model, looked_at(run.train), optimizer, mesh)
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(program.abstract, cfg.step, damaged=tell_damaged)
         steps = checkpoints.steps()

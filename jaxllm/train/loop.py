@@ -173,7 +173,8 @@ def _read(run: Run, pending, names: list[str], every: int, clock: Clock) -> None
         "grad_norm": float(metrics["grad_norm"]), "lr": float(metrics["lr"]), "tokens_per_s": round(rate, 1),
         "step_s": round(seconds, 5), "model_tflops_per_s": float(f"{rate * run.flops_per_token / 1e12:.4g}"),
     }
-    line |= {k: round(float(v), 5) for k, v in metrics.items() if v.ndim == 0 and k not in (*line, "targets")}
+    left_out = {*line, "targets"} | ({"noise_scale"} if np.isnan(metrics.get("noise_scale", 0.0)) else set())
+    line |= {k: round(float(v), 5) for k, v in metrics.items() if v.ndim == 0 and k not in left_out}
     if run.peak_flops is not None:
         line["mfu"] = round(rate * run.flops_per_token / run.peak_flops, 4)
     line |= memory()

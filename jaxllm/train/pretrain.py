@@ -93,7 +93,8 @@ def _program(cfg: PretrainConfig, mesh, steps: int, place: Place | None):
     from jaxllm.train.state import build, check_groups
 
     check_groups(cfg.train, mesh)
-    train_cfg, optimizer = dataclasses.replace(cfg.train, steps=steps), make_optimizer(cfg.optim, steps)
+    train_cfg = dataclasses.replace(cfg.train, steps=steps)
+    optimizer = make_optimizer(cfg.optim, steps, cfg.model, noise_steps=cfg.train.noise_scale)
     program = build(cfg.model, train_cfg, optimizer, mesh, seed=cfg.run.seed)
     if may_be_ahead(train_cfg, mesh):
         return ahead(program, cfg.model, train_cfg, optimizer, place, cfg.processes.timeout)

@@ -24,7 +24,7 @@ from jaxllm.train.config import TrainConfig
 from jaxllm.train.offload import check_offload, of_activations, of_optimizer, on_host, through_device
 from jaxllm.train.optim import Optimizer, is_variable
 from jaxllm.train.stages import pipelined, schedule_of
-from jaxllm.train.step import Objective, accumulated, eval_step, train_step
+from jaxllm.train.step import Objective, accumulated, accumulated_with_noise, eval_step, train_step
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +65,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     check_batch(train, mesh)
     check_experts(model, mesh)
     schedule = schedule_of(model, train, mesh)
+    check_noise(train, mesh)
 
     def init(seed):
         params = nnx.state(LanguageModel(model, form, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
@@ -78,7 +79,7 @@ def build(model: ModelConfig, train: TrainConfig, optimizer: Optimizer, mesh: Me
     told = everywhere  # where metrics are
     objective = Objective(graph, dtype, train.loss_chunk, train.z_loss, train.label_smoothing, model.dropout,
                           model.moe if model.moe.experts else None)
-    loss_and_grads = partial(accumulated, objective, train.micro_batches)
+    loss_and_grads = partial(accumulated_with_noise if train.noise_scale else accumulated, objective, train.micro_batches)
     if schedule is not None:
         loss_and_grads = pipelined(objective, schedule, mesh, abstract.params)
     step = partial(train_step, objective, optimizer, loss_and_grads)
@@ -230,6 +231,13 @@ def check_experts(model: ModelConfig, mesh: Mesh) -> None:
     if model.moe.capacity is not None and experts and mesh.shape["context"] > 1:
         raise UserError(f"model.moe.capacity={model.moe.capacity} with mesh.context={mesh.shape['context']}: an expert's "
                         "places are given out along whole rows; take capacity=null (dropless), or mesh.context=1")
+
+
+def check_noise(train: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError where micro-batches' own gradients are not at hand."""
+    if train.noise_scale and mesh.shape["stage"] > 1:
+        raise UserError(f"train.noise_scale={train.noise_scale} with mesh.stage={mesh.shape['stage']}: a pipeline sums the "
+                        "micro-batches' gradients as they come; take mesh.stage=1, or noise_scale=0")
 
 
 def check_batch(train: TrainConfig, mesh: Mesh) -> None:

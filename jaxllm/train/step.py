@@ -13,6 +13,7 @@ from jaxllm.model.heads import cast
 from jaxllm.model.moe import Routed, losses
 from jaxllm.parallel.context import balance
 from jaxllm.train.loss import next_token_loss
+from jaxllm.train.noise_scale import estimates, scale_of, squared_norm
 from jaxllm.train.optim import Optimizer, finite_leaves
 
 
@@ -60,12 +61,28 @@ def summed_parts(told_M):
     return jax.tree.map(lambda x_M: jnp.sum(x_M, axis=0), told_M)
 
 
-def in_parts(loss, micro_batches: int, params, batch, key, merge=summed_parts):
+def accumulated_with_noise(objective: Objective, micro_batches: int, params, batch, key):
+    """Returns what `accumulated` does, and what the parts' gradients tell of their noise (noise_scale.estimates):
+    ((summed loss, (number of targets, what the routers did, that)), gradients)."""
+
+    def of_part(n, grads):
+        return squared_norm(grads) / jnp.square(jnp.maximum(n, 1.0))
+
+    (loss, (n, (routed_L, squares))), grads = in_parts(partial(loss_and_routed, objective), micro_batches, params, batch, key,
+                                                       of_part=of_part)
+    noise = estimates(squares / micro_batches, of_part(n, grads), micro_batches, batch["token_BT"].size)
+    return (loss, (n, routed_L, noise)), grads
+
+
+def in_parts(loss, micro_batches: int, params, batch, key, merge=summed_parts, of_part=None):
     """Returns ((summed loss, (count, told)), gradients) of a batch, computed in parts one after the other.
 
     `loss(params, batch, key) -> (summed loss, (count, told))`; `told`, a tree or None, is merged over the parts: summed.
+    With `of_part(count, gradients)` it is (told, what that returns of each part), merged too.
     """
     loss_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if of_part is not None:
+        loss_and_grad = partial(_also, loss_and_grad, of_part)
 
     def accumulate(total, xs):
         i, micro_batch = xs
@@ -78,6 +95,11 @@ def in_parts(loss, micro_batches: int, params, batch, key, merge=summed_parts):
     xs = jnp.arange(micro_batches), jax.tree.map(partial(split, micro_batches), batch)
     (loss, n, grads), told = jax.lax.scan(accumulate, zeros, xs)
     return (loss, (n, merge(told))), grads
+
+
+def _also(loss_and_grad, of_part, *inputs):
+    (loss, (n, told)), grads = loss_and_grad(*inputs)
+    return (loss, (n, (told, of_part(n, grads)))), grads
 
 
 def micro_key(key, i, micro_batches: int):
@@ -100,17 +122,20 @@ def routers_loss(moe: MoEConfig | None, routed_L: Routed | None):
 def train_step(objective: Objective, optimizer: Optimizer, loss_and_grads, state, batch):
     """Returns the next state and the step's metrics. Sums over micro-batches are divided once, by all targets.
 
-    `loss_and_grads(params, batch, key)` is `accumulated`'s, or a pipeline's.
+    `loss_and_grads(params, batch, key)` is `accumulated`'s, `accumulated_with_noise`'s, or a pipeline's.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if objective.dropout else None
-    (loss, (n, routed_L)), grads = loss_and_grads(state.params, batch, key)
+    (loss, (n, routed_L, *noise)), grads = loss_and_grads(state.params, batch, key)
     n = jnp.maximum(n, 1.0)  # a batch without targets moves nothing
     loss, grads = jax.tree.map(lambda x: x / n, (loss, grads))
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, value=loss)
+    given = {"noise": noise[0]} if noise else {}
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, value=loss, **given)
     metrics = {
         "loss": loss, "grad_norm": optax.tree.norm(grads), "lr": optimizer.rate(state.step, opt_state), "targets": n,
         "finite_params": finite_leaves(state.params), "finite_grads": finite_leaves(grads),
     }
+    if noise:
+        metrics["noise_scale"] = scale_of(optimizer.noise(opt_state))
     params = optax.apply_updates(state.params, updates)
     if routed_L is not None:
         metrics |= router_metrics(routed_L)
