@@ -50,7 +50,7 @@ def test_a_step_measures_what_the_micro_batches_own_gradients_are():
     plain, measured = (toy.program(micro_batches=parts, noise_scale=n) for n in (0, 10))
     want, _ = toy.run(plain, [batch])
     got, _ = toy.run(measured, [batch])
-    assert toy.worst(got.params, want.params)[0] == 0
+    assert toy.worst(got.params, want.params)[0] < 1e-6  # the same step, but for the order of sums
     assert jax.tree.structure(want.opt_state) == jax.tree.structure(got.opt_state[1:])  # off, nothing is kept
 
     objective = Objective(plain.graph, jnp.float32, 10, 0.0, 0.0, 0.0)
@@ -75,7 +75,7 @@ def test_where_micro_batches_tell_nothing_it_is_refused(change, said):
 
 
 def test_a_pipeline_refuses_it():
-    with pytest.raises(UserError, match="train.noise_scale=5 with mesh.stage=2"):
+    with pytest.raises(UserError, match=r"train.noise_scale=5 with mesh\.stage=2"):
         toy.program(devices=2, stage=2, micro_batches=4, noise_scale=5)
 
 
@@ -126,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_averages(tmp_path):
     def numbers(name, *stops):
         folder = tmp_path / name
         folder.mkdir()
-        path = runs.config(folder, train={"steps": 12, "batch_size": 8, "micro_batches": 2, "noise_scale": 5, "eval_every": 0, "sample_every": 0})
+        path = runs.config(folder, train={"steps": 12, "batch_size": 16, "micro_batches": 2, "noise_scale": 5, "eval_every": 0, "sample_every": 0})
         for steps in (*stops, 12):
             assert main(["pretrain", str(path), f"--train.steps={steps}"]) == 0
         return runs.lines(folder / "run" / "metrics.jsonl", "step", "loss", "noise_scale")
