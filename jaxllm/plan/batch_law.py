@@ -25,10 +25,11 @@ def rate_by_noise(lr: float, batch: float, other: float, noise_scale: float) -> 
     return lr * (1 + noise_scale / batch) / (1 + noise_scale / other)
 
 
-def adam_at(lr: float, b1: float, b2: float, eps: float, times: float) -> dict[str, float]:
+def adam_at(lr: float, b1: float, b2: float, eps: float, times: float) -> dict[str, float] | None:
     """Returns Adam's settings at a batch that is `times` as large, by the square-root rule (Malladi et al. 2022).
 
-    lr · √κ, 1 − b · κ for both means, eps / √κ. It holds while κ (1 − b) is small and batches are below the noise scale.
+    lr · √κ, 1 − κ (1 − b) for both means, eps / √κ; None where a mean would have no past left, so that the rule cannot hold.
     """
-    return {"lr": lr * times**0.5, "b1": max(1 - times * (1 - b1), 0.0), "b2": max(1 - times * (1 - b2), 0.0),
-            "eps": eps / times**0.5}
+    if times * (1 - min(b1, b2)) >= 1:
+        return None
+    return {"lr": lr * times**0.5, "b1": 1 - times * (1 - b1), "b2": 1 - times * (1 - b2), "eps": eps / times**0.5}
