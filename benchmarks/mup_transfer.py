@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--results", required=True, help="JSON lines that results are added to")
     parser.add_argument("--picture", help=".svg, .png or .pdf")
     parser.add_argument("--widths", default="64,128,256,512")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=8, help="of a batch")
     parser.add_argument("--length", type=int, default=64, help="bytes of a row")
     parser.add_argument("--seeds", type=int, default=2)

@@ -43,7 +43,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MuPConfig:
-    """Maximal update parametrisation: hyper-parameters that are best for a small model stay best for a large one (docs/plan-coordcheck.md).
+    """Maximal update parametrisation: what is best for a small model stays best for a large one (docs/plan-coordcheck.md).
 
     Yang et al. 2022 (Tensor Programs V) for width, Dey et al. 2025 (CompleteP) for depth.
     """

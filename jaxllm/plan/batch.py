@@ -67,8 +67,8 @@ def told(found: dict) -> str:
             adam = f"{a['lr']:>10.2e}{a['b1']:>9.4g}{a['b2']:>9.4g}{a['eps']:>10.1e}"
         cost = f"{row['sequences']:>11,.4g}{row['steps']:>9.3g}{row['examples']:>9.3g}"
         lines.append(f"  {count(row['tokens']):>9}{cost}   {adam}   {row['lr_by_noise']:>9.2e}{mark}")
-    rules = ("Adam by the square-root rule (Malladi et al. 2022), which holds below the critical batch and while b1 and b2 keep "
-             "a past (-: they would not); above it raise the rate no further. SGD by lr_max / (1 + noise scale / batch) "
+    rules = ("Adam by the square-root rule (Malladi et al. 2022), which holds below the critical batch and while b1 and b2 "
+             "keep a past (-: they would not); above it raise the rate no further. SGD by lr_max / (1 + noise scale / batch) "
              "(McCandlish et al. 2018). The noise scale is the simple one, which takes the loss to curve alike in all "
              "directions: right to a factor of a few.")
     return "\n".join([*lines, "", *wrapped(rules, "")])
