@@ -54,7 +54,7 @@ def test_imports_point_one_way(path):
 NO_JAX = """cli config mesh hardware doctor report.page report.data_page train.config generate.config data.tokenize data.tokenizer
     data.pipeline data.cluster data.extract data.clean data.privacy data.augment data.language data.filters data.harm data.homographs data.dedup
     data.decontaminate data.repeats data.substrings data.mixture data.review.verb data.preference data.pairs data.prompts align.rewards align.dpo_config data.chat data.chat_jinja
-    plan.advise plan.advise_page plan.size plan.size_page plan.points data.instruction_input data.rationale align.collect.verb""".split()  # data.loader: grain imports jax itself
+    plan.advise plan.advise_page plan.size plan.size_page plan.points plan.batch plan.coordcheck data.instruction_input data.rationale align.collect.verb""".split()  # data.loader: grain imports jax itself
 
 
 @pytest.mark.parametrize("module", NO_JAX)
