@@ -51,7 +51,7 @@ def make(made: dict) -> str:
     mesh, tokenizer = make_mesh(MeshConfig()), load_tokenizer("bytes")
     model = ModelConfig(d_model=128, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=tokenizer.vocab_size, max_seq_len=T)
     train = TrainConfig(steps=STEPS, batch_size=mesh.size)
-    program = build(model, train, make_optimizer(OptimConfig(lr=1e-2, schedule="constant"), STEPS), mesh)
+    program = build(model, train, make_optimizer(OptimConfig(lr=1e-2, schedule="constant"), STEPS, model), mesh)
     with jax.set_mesh(mesh):
         state = jax.block_until_ready(program.init())
     made |= {"mesh": mesh, "tokenizer": tokenizer, "model": model, "program": program, "state": state}

@@ -834,6 +834,8 @@ FAULTS += [  # rewards and environments
           "return std_of(cfg, cfg.d_model)", "tests/test_mup.py -k deviations"),
     Fault("muP's epsilon is the base's", "jaxllm/train/mup.py", "model.times_width * (model.times_depth if var.ndim > len(var.axes) else 1.0)",
           "1.0", "tests/test_mup.py -k epsilon"),
+    Fault("sft forgets the model's muP", "jaxllm/align/sft.py", "make_optimizer(cfg.optim, steps, cfg.model)", "make_optimizer(cfg.optim, steps)",
+          "tests/test_mup.py -k tells_the_optimizer"),
     Fault("the noise of micro-batches is that of the whole batch", "jaxllm/train/noise_scale.py", "(small - large) * tokens / (parts - 1)",
           "(small - large) * tokens", "tests/test_noise_scale.py -k gaussian"),
     Fault("micro-batches' squares are summed, not averaged", "jaxllm/train/step.py", "estimates(squares / micro_batches, ",

@@ -1,7 +1,9 @@
 """muP: at the base nothing changes, at another width init, rates and multipliers are those of the papers' tables."""
 
+import ast
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import toy
 from flax import nnx
 
+import jaxllm
 from jaxllm.errors import UserError
 from jaxllm.generate import cache
 from jaxllm.model.config import LoRAConfig, ModelConfig, MoEConfig, MuPConfig
@@ -132,6 +135,14 @@ def test_rules_without_rules_of_mup_are_refused_in_one_line(name):
 def test_bad_settings_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
         MuPConfig(**change)
+
+
+def test_every_verb_that_trains_tells_the_optimizer_its_model():
+    """Without it a verb would train a model of muP at the standard rates, and nobody would see."""
+    calls = [(path, node) for path in pathlib.Path(jaxllm.__file__).parent.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_optimizer"]
+    assert len(calls) >= 9
+    assert not [path for path, call in calls if len(call.args) < 3]
 
 
 # ---------------------------------------------------------------- the forward pass
