@@ -86,9 +86,10 @@ def test_a_check_that_fails_says_what_goes_with_the_width(config, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lion", "muon"])
-def test_other_rules_of_mup_pass_too(name):
-    model, batches, widths = ModelConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=256, max_seq_len=64), made_up(256, 4, 64, 4), (32, 128)
+@pytest.mark.parametrize(("name", "change"), [("lion", {}), ("muon", {}), ("adamw", {"tied": True})])
+def test_other_rules_of_mup_and_a_tied_head_pass_too(name, change):
+    model = ModelConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=256, max_seq_len=64, **change)
+    batches, widths = made_up(256, 4, 64, 4), (32, 128)
     optim = OptimConfig(name=name, lr=1e-3, schedule="constant")
     last = {base: np.stack([changes(at_width(model, w, base=base), optim, batches, "cpu", range(2)).mean(axis=0)[-1] for w in widths])
             for base in (32, None)}

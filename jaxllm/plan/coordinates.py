@@ -22,8 +22,11 @@ from jaxllm.train.step import Objective, loss_sum
 KINDS = ("embedding", "attention", "mlp", "residual", "logits")
 
 
-def activations(graph, params, token_BT, pos_BT) -> dict[str, list[jax.Array]]:
-    """Returns the outputs of a language model's parts, by kind: what each layer adds to the stream, and the stream after it."""
+def activations(graph, params, token_BT, pos_BT, first_DV=0.0) -> dict[str, list[jax.Array]]:
+    """Returns the outputs of a language model's parts, by kind: what each layer adds to the stream, and the stream after it.
+
+    Logits are less what a head `first_DV` makes of the same hidden states.
+    """
     model = nnx.merge(graph, params)
     trunk, x_BTD = model.trunk, model.trunk.embed(token_BT)
     angles, attend = trunk.angles(pos_BT), trunk.within(jnp.ones_like(token_BT))
@@ -40,7 +43,7 @@ def activations(graph, params, token_BT, pos_BT) -> dict[str, list[jax.Array]]:
             x_BTD = layer.add(x_BTD, h_BTD)
             for kind, value in (("attention", y_BTD), ("mlp", h_BTD), ("residual", x_BTD)):
                 found[kind].append(value)
-    found["logits"].append(trunk.norm(x_BTD) @ model.head_DV())
+    found["logits"].append(trunk.norm(x_BTD) @ (model.head_DV() - first_DV))
     return found
 
 
@@ -49,7 +52,8 @@ def changes(model: ModelConfig, optim: OptimConfig, batches: dict, platform: str
     on `batches` (arrays [S, B, T]); it is measured on the first of them, as a mean over layers, positions and width.
 
     A head of its own begins at 0 (Yang et al. 2022, appendix D.2): what a random one makes of the first changes falls with the
-    root of the width in muP too, and would hide what is learnt. So only the logits move in the first step.
+    root of the width in muP too, and would hide what is learnt. So only the logits move in the first step. Of a tied head,
+    which cannot, that part is taken off.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, for_platform(platform), rngs=nnx.Rngs(0))))
     n_steps = len(batches["token_BT"])
@@ -62,7 +66,8 @@ def changes(model: ModelConfig, optim: OptimConfig, batches: dict, platform: str
         params = nnx.state(LanguageModel(model, for_platform(platform), rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
         if not model.tied:
             params["out_DV"] = jax.tree.map(jnp.zeros_like, params["out_DV"])
-        look = partial(activations, graph, token_BT=batches["token_BT"][0], pos_BT=batches["pos_BT"][0])
+        look = partial(activations, graph, token_BT=batches["token_BT"][0], pos_BT=batches["pos_BT"][0],
+                       first_DV=nnx.merge(graph, params).head_DV())
         before = look(params)
 
         def step(carry, batch):
