@@ -79,6 +79,7 @@ def test_mups_changes_do_not_go_with_the_width_and_the_standard_ones_do(config, 
     assert "Coordinate check" in (tmp_path / "found.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_says_what_goes_with_the_width(config, capsys):
     words = ["--widths=[32,64]", "--seeds=1", "--head_width=16", "--layers=1", "--updates=2", "--limit=1e-6", "--rows=2", "--length=16"]
     assert main(["plan", "coordcheck", config, *words]) == 1
