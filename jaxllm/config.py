@@ -10,6 +10,7 @@ The comment is the help text.
 import dataclasses
 import difflib
 import inspect
+import math
 import pathlib
 import re
 import textwrap
@@ -49,11 +50,15 @@ def _filled(cls, merged: DictConfig, overrides: typing.Sequence[str], where: str
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise UserError(f"{where}: {missing[0]} is missing and has no default")
     try:
-        return OmegaConf.to_object(merged)
+        filled = OmegaConf.to_object(merged)
     except ValueError as e:  # a dataclass's own __post_init__: "d_model=10 is not divisible by n_heads=4"
         raise UserError(str(e)) from None
     except OmegaConfBaseException as e:  # __post_init__ errors arrive wrapped in some versions
         raise UserError(str(e.__cause__ or e).split("\n")[0]) from None
+    for key, value in flatten(to_dict(filled)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {key}={value:g}: should be a finite number")
+    return filled
 
 
 def to_dict(cfg) -> dict:
@@ -84,7 +89,7 @@ def _read_yaml(path: str) -> DictConfig:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     try:
-        loaded = yaml.load(text, _Loader) or {}
+        loaded = yaml.load(text, Loader) or {}
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(loaded, dict):
@@ -92,7 +97,7 @@ def _read_yaml(path: str) -> DictConfig:
     return OmegaConf.create(_verbatim(loaded))
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML would take the last without a word."""
 
     def construct_mapping(self, node, deep=False):

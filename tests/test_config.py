@@ -64,6 +64,7 @@ def test_text_is_taken_as_it_stands(text):
     ("mesh.fsdp=-1", "only one axis may be -1"),
     ("mesh.tensor=0", "mesh.tensor=0: should be a positive number"),
     ("optim.lr=0", "optim.lr=0.0: should be above 0"),
+    ("optim.lr=inf", "optim.lr=inf: should be a finite number"), ("optim.b2=nan", "optim.b2=nan: should be"),
     ("checkpoint.keep=0", "checkpoint.keep=0"),
     ("train.sample.top_p=0", "sample.top_p=0.0: should be in (0, 1]"),
     ("data.sources.b.weight=2", "data.sources.b.path is missing"),

@@ -354,6 +354,12 @@ def test_the_example_in_the_docs_is_one(tmp_path):
     (("models:", "assumptions: {mfuu: 0.5}\nmodels:"), "assumptions.mfuu: is not known; did you mean 'mfu'?"),
     (("models:", "assumptions: {mfu: 0}\nmodels:"), "assumptions.mfu=0: should be above 0"),
     (("models:", "approaches: {lroa: {setup: 1}}\nmodels:"), "approaches.lroa.upkeep is missing"),
+    (("models:", "approaches: {}\napproaches: {}\nmodels:"), "found 'approaches' twice"),
+    (("Qwen3 8B: {", "Qwen3 8B: {languages: 3, "), "models.Qwen3 8B.languages=3: should be a list of codes"),
+    (("Qwen3 8B: {", "Qwen3 8B: {licence: 3, "), "models.Qwen3 8B.licence=3: should be text"),
+    (("Qwen3 8B: {", "Qwen3 8B: {data_published: 'no', "), "data_published='no': should be true or false"),
+    (("Qwen3 8B: {", "Qwen3 8B: {active: 1e12, "), "models.Qwen3 8B.active=1e+12: should be at most its parameters"),
+    (("models:", "chips: {H100 SXM: {server_chips: 0.5}}\nmodels:"), "chips.H100 SXM.server_chips=0.5: should be a whole number"),
 ])
 def test_mistakes_in_a_file_of_ones_own(tmp_path, change, said):
     assert change[0] in OWN_FILE
@@ -365,6 +371,8 @@ def test_mistakes_in_a_file_of_ones_own(tmp_path, change, said):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--volume.requests=0"], "volume.requests=0: should be above 0"),
+    (["--volume.input_tokens=1e300"], "volume.input_tokens=1e+300: should be above 0, and at most 1e+18"),
+    (["--team.usd_per_month=inf"], "team.usd_per_month=inf: should be a finite number"),
     (["--volume.cached=1.5"], "volume.cached=1.5: is a share"),
     (["--quality.as_good_as=GPT-6.1 Tera"], "is not in the prices file; did you mean 'GPT-6.1 Terra'?"),
     (["--quality.scores.mmul=70"], "no model of the prices file has a score; did you mean 'mmlu'?"),

@@ -182,6 +182,13 @@ def test_what_the_runs_do_not_tell_is_said(few_starts, tmp_path):
     assert run(write_csv(tmp_path / "many.csv", *grid_of(EPOCH, 0)))["doubts"] == []
 
 
+def test_losses_that_do_not_fall_are_no_law(few_starts, tmp_path):
+    n, d, _ = grid_of(EPOCH, 0)
+    for y in (np.full(len(n), 3.0), 2 + 0.1 * np.log(n * d)):
+        with pytest.raises(UserError, match=r"the losses do not fall with size and tokens .* so they tell no law"):
+            run(write_csv(tmp_path / "flat.csv", n, d, y), stands_out="null")
+
+
 def test_the_command_writes_a_law_that_plan_size_reads(few_starts, tmp_path, capsys):
     path = write_csv(tmp_path / "runs.csv", *grid_of(EPOCH, 3))
     law, page, picture = tmp_path / "law.json", tmp_path / "fit.html", tmp_path / "fit.png"
@@ -259,6 +266,8 @@ def frontier_reasons(tmp_path):
     ("N,loss\n1,2\n", "has no column 'tokens' \\(or 'D'\\), nor 'flops'"),
     ("N,D,loss\n1e6,many,3\n", "line 2: D='many': should be a number"), ("N,D,loss\n-1,5,3\n", "line 2: N=-1: should be above 0"),
     ("N,D,loss\n1e6,1e7,3\n", "too few runs to fit: 1 of 1 sizes"),
+    ("N,D,loss\n1e6,1e7,3,05\n", "line 2: has 1 cells more than the line of names; a decimal comma?"),
+    ("N,D,loss\n1e6,1e7\n", "1 left out: line 2: no loss is given"),
 ])
 def test_bad_tables_in_one_line(tmp_path, table, said):
     (tmp_path / "t.csv").write_text(table)

@@ -102,6 +102,7 @@ def test_a_bad_space_is_one_line_and_exit_2(tmp_path, space, says, capsys):
     ({"fixed": {"train.eval_every": 0}}, "metric=eval_loss: needs held-out text"),
     ({"asha": {"min_steps": 20}}, "should be below the 20 steps"), ({"asha": {"factor": 1}}, "asha.factor=1: should be at least 2"),
     ({"follows": "nowhere"}, "follows=nowhere: not a study's folder"), ({"sampler": "best"}, "sampler='best'"),
+    ({"base": 3}, "base=3: should be a config file"),
 ])
 def test_other_mistakes_are_one_line_too(tmp_path, keys, says, capsys):
     assert main(["plan", "search", str(write(tmp_path, **keys))]) == 2
@@ -386,6 +387,20 @@ def test_other_settings_are_named_and_more_trials_go_on(tmp_path, fake, capsys):
     assert "base.optim.b2: 0.95 -> 0.9" in said and "space.optim.warmup.int: [0, 10] -> [0, 5]" in said
     assert main(["plan", "search", str(path), "--trials=4", "--workers=2"]) == 0
     assert made(tmp_path / "study")[:2] == before and len(made(tmp_path / "study")) == 4
+
+
+@pytest.mark.parametrize("held", ["{", "", "verb: plan search\n", "- 1\n"])
+def test_a_damaged_study_is_named_and_nothing_is_lost(tmp_path, fake, held, capsys):
+    path = write(tmp_path, trials=1)
+    assert main(["plan", "search", str(path)]) == 0
+    (tmp_path / "study/study.yaml").write_text(held)
+    before = made(tmp_path / "study")
+    for words in ([], [f"--follows={tmp_path}/study", f"--run.dir={tmp_path}/second"]):
+        capsys.readouterr()
+        assert main(["plan", "search", str(path), *words]) == 2
+        said = capsys.readouterr().err
+        assert "study/study.yaml: " in said and said.count("\n") == 1
+    assert made(tmp_path / "study") == before
 
 
 def test_a_study_that_follows_knows_the_trials_that_lie_in_its_space(tmp_path, fake, capsys):

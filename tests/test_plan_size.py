@@ -10,7 +10,8 @@ import pytest
 from jaxllm import config
 from jaxllm.cli import VERBS, main
 from jaxllm.errors import UserError
-from jaxllm.plan import laws, size, size_config, size_text
+from jaxllm.plan import laws, size, size_config, size_page, size_text
+from jaxllm.plan.curves import figure
 from jaxllm.plan.size_config import SizeVerb
 from jaxllm.train.flops import training_flops_per_token
 
@@ -135,6 +136,9 @@ def test_flops_of_the_plan_are_the_trainer_s():
     (["usd=100", "hardware.usd_per_hour=-2"], r"hardware\.usd_per_hour=-2: should be above 0"),
     (["flops=-1"], r"flops=-1: should be above 0"),
     (["flops=nan"], r"flops=nan: should be above 0"),
+    (["flops=inf"], r"flops=inf: should be a finite number"),
+    (["usd=100", "hardware.usd_per_hour=nan"], r"hardware\.usd_per_hour=nan: should be a finite number"),
+    (["parameters=7e9", "flops=1"], r"flops pays for 2\.\d+e-11 tokens of 7 B parameters, less than a row of 2,048 .* times the budget"),
     (["flops=1e20", "hardware.mfu=1.5"], r"hardware\.mfu=1\.5: should be above 0 and at most 1"),
     (["parameters=1e5"], r"fewer than the smallest model with shape\.vocab_size=32,000 has: 4,260,224"),
     (["parameters=1e16"], r"parameters=1e\+16: no model"),
@@ -147,6 +151,14 @@ def test_what_is_impossible_is_said_in_one_line(given, said):
         size.main(config.load(SizeVerb, None, given))
     assert re.search(said, str(e.value)), str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_every_law_has_one_look_of_its_own_in_the_plots():
+    cfg = config.load(SizeVerb, None, ["flops=1e21", "tokens=1e10"])
+    plots = size_page.plots_of(cfg, size.plan(cfg))[:2]
+    looks = {(c.label, c.color, c.dashed) for plot in plots for c in plot.curves if not c.points}
+    assert len(looks) == len({name for name, *_ in looks}) == len({(color, dashed) for _, color, dashed in looks})
+    assert figure(plots[1]).count('class="dash"') == sum(dashed for _, _, dashed in looks)
 
 
 def test_a_law_of_one_s_own_runs_decides(tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SKILLS = ("prompting", "serving", "finetuning", "pretraining")
+MOST = 1e18  # requests or tokens a month: more than the world's, so a slip of the exponent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,8 @@ class AdviseVerb:
 
     def __post_init__(self):
         for name in ("requests", "input_tokens", "output_tokens"):
-            if not getattr(self.volume, name) > 0:
-                raise ValueError(f"volume.{name}={getattr(self.volume, name):g}: should be above 0")
+            if not 0 < getattr(self.volume, name) <= MOST:
+                raise ValueError(f"volume.{name}={getattr(self.volume, name):g}: should be above 0, and at most {MOST:.0e}")
         if self.data.residency == "on_premises" and self.hardware.how == "rent":
             raise ValueError("data.residency=on_premises with hardware.how=rent: rented chips are not on your premises: "
                              "should be hardware.how=buy, or residency eu or us")

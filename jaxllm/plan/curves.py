@@ -46,7 +46,8 @@ class Plot:
 def figure(plot: Plot) -> str:
     """Returns a card of the page: the title, the axes' names, the picture and what its colours mean."""
     shown = [c for c in plot.curves if c.label]
-    keys = "".join(f'<span><span class="dot" style="color: {_css(c)}"></span>{esc(c.label)}</span>' for c in shown)
+    keys = "".join(f'<span><span class="{"dash" if c.dashed else "dot"}" style="color: {_css(c)}"></span>{esc(c.label)}</span>'
+                   for c in shown)
     note = f'<p class="small quiet">{esc(plot.note)}</p>' if plot.note else ""
     return (f'<figure class="card"><figcaption>{esc(plot.title)}<span>{esc(plot.y)} against {esc(plot.x)}</span></figcaption>'
             f'{svg(plot)}<div class="legend">{keys}</div>{note}</figure>')

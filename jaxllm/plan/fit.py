@@ -16,9 +16,11 @@ from jaxllm.plan.laws import FLOPS_A_TOKEN
 from jaxllm.plan.picture import check_picture
 from jaxllm.plan.points import Points, read
 from jaxllm.plan.usual import usual
+from jaxllm.train.run_folder import write_atomically
 
 LEAST_RUNS, LEAST_SIZES, LEAST_TOKENS = 8, 3, 3  # five constants, and something to judge them by
 WIDE = 0.3  # an interval of the exponent that tells nothing: between Kaplan's 0.73 and Chinchilla's 0.46 are 0.27
+FLAT = 1e-6  # an exponent below it says that the losses do not fall
 USUAL = 8  # times the median residual that a run may be off before it stands out
 
 
@@ -36,7 +38,7 @@ def main(cfg: FitVerb) -> dict:
     print(fit_text.whole(cfg, found))
     if cfg.law_file is not None:
         with writing(cfg.law_file):
-            pathlib.Path(cfg.law_file).write_text(json.dumps(contents(found), indent=1) + "\n", encoding="utf-8")
+            write_atomically(pathlib.Path(cfg.law_file), json.dumps(contents(found), indent=1) + "\n")
         print(f"\nlaw: {cfg.law_file} (jaxllm plan size --law_file={cfg.law_file} ...)")
     if cfg.page is not None or cfg.picture is not None:
         from jaxllm.plan import fit_page
@@ -60,6 +62,9 @@ def fit(cfg: FitVerb, points: Points) -> tuple[dict, dict]:
     points = without_outliers(cfg, points)
     n, d, y = points.columns()
     whole = parametric.fit(n, d, y, bootstraps=cfg.bootstraps, seed=cfg.seed)
+    if min(whole.law.alpha, whole.law.beta) < FLAT:
+        raise UserError(f"the losses do not fall with size and tokens (alpha={whole.law.alpha:.2g}, beta={whole.law.beta:.2g}: "
+                        "should be above 0), so they tell no law; compare runs of one text, one tokenizer and one schedule")
     approaches, why_not = {}, {}
     for name, make in (("approach_1", lambda: frontier.envelope(curves_of(points), seed=cfg.seed)),
                        ("approach_2", lambda: frontier.isoflop(n, FLOPS_A_TOKEN * n * d, y, seed=cfg.seed))):

@@ -159,6 +159,8 @@ def read_csv(path: pathlib.Path) -> Points:
     column = named(path, [name for name in rows[0] if name is not None])
     points, excluded, used = [], [], set()
     for i, row in enumerate(rows, 2):
+        if None in row:  # a loss of 3,05 would be taken for 3
+            raise UserError(f"{path}: line {i}: has {len(row[None])} cells more than the line of names; a decimal comma?")
         name = row.get(column.get("name", ""), "") or f"line {i}"
         name = f"{name} (line {i})" if name in used else name
         used.add(name)
@@ -169,7 +171,8 @@ def read_csv(path: pathlib.Path) -> Points:
         if math.isfinite(y) and y > 0:
             points.append(Point(name, n, d, y, x))
         else:
-            excluded.append((name, f"diverged: the loss is {row[column['loss']]}"))
+            told = (row[column["loss"]] or "").strip()
+            excluded.append((name, f"diverged: the loss is {told}" if told else "no loss is given"))
     return Points(points, excluded, f"{column['loss']} of {path.name}")
 
 

@@ -7,6 +7,7 @@ import pathlib
 
 import yaml
 
+from jaxllm.config import Loader
 from jaxllm.errors import UserError, nearest
 from jaxllm.hardware import chips
 
@@ -110,7 +111,8 @@ KINDS = {"apis": Api, "models": OpenModel, "trained": Trained, "chips": ChipPric
 NEEDED = {"apis": ("input", "output", "context"), "models": ("parameters", "layers", "kv_heads", "head_width", "context"),
           "trained": ("parameters",), "chips": (), "approaches": ("setup", "upkeep", "runs")}
 ABOVE_0 = ("mfu", "serving_share", "rented_load", "tokens_per_parameter", "train_bytes", "lora_bytes", "repeats")
-PLAIN = ("licence", "languages", "data_published")  # facts that are no numbers
+PLAIN = {"licence": (str, "text"), "languages": (list, "a list of codes, e.g. [en, de]"),
+         "data_published": (bool, "true or false")}  # facts that are no numbers
 TABLES = ("scores", "regions")
 
 
@@ -140,7 +142,7 @@ def read_prices(own: str | None = None) -> Prices:
 
 def _load(path: pathlib.Path) -> dict:
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        read = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except FileNotFoundError:
         raise UserError(f"prices={path}: no such file") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -160,8 +162,10 @@ def _load(path: pathlib.Path) -> dict:
 
 def _tagged(tree: dict, where: str) -> dict:
     """Returns the tree with every number replaced by its Figure."""
-    sources = {}
-    for name, s in (tree.get("sources") or {}).items():
+    sources, said = {}, tree.get("sources") or {}
+    if not isinstance(said, dict):
+        raise UserError(f"{where}: sources: should hold names and where they are from, found {type(said).__name__}")
+    for name, s in said.items():
         if not isinstance(s, dict) or not ({"url", "assumption"} & s.keys()) or not isinstance(s.get("date"), datetime.date):
             raise UserError(f"{where}: sources.{name}: should be {{url: WHERE, date: DAY}} or {{assumption: WHY, date: DAY}}")
         sources[name] = (s.get("url") or s["assumption"], s["date"], "assumption" in s)
@@ -183,7 +187,7 @@ def _tagged(tree: dict, where: str) -> dict:
     def walk(node, key):
         last = key.rsplit(".", 1)[-1]
         if last in PLAIN:
-            return tuple(node) if isinstance(node, list) else node
+            return _plain(node, last, key, where)
         if isinstance(node, dict):
             return {str(k): walk(v, f"{key}.{k}") for k, v in node.items()}
         if ".regions." in key:
@@ -201,6 +205,13 @@ def _tagged(tree: dict, where: str) -> dict:
             raise UserError(f"{where}: {group}: should hold names and figures, found {type(node).__name__}")
         out[group] = walk(node, group)
     return out
+
+
+def _plain(node, name: str, key: str, where: str):
+    kind, should = PLAIN[name]
+    if not isinstance(node, kind) or (kind is list and not all(isinstance(one, str) for one in node)):
+        raise UserError(f"{where}: {key}={node!r}: should be {should}")
+    return tuple(node) if kind is list else node
 
 
 def _laid_over(under: dict, over: dict) -> dict:
@@ -226,6 +237,13 @@ def _entry(kind, entry, key: str, needed: tuple[str, ...], where: str):
     for name in ("parameters", "active", "layers", "kv_heads", "head_width", "context", "server_chips"):
         if isinstance(f := getattr(made, name, None), Figure) and f.value <= 0:
             raise UserError(f"{where}: {key}.{name}={f.value:g}: should be above 0")
+    if (chips := getattr(made, "server_chips", None)) and chips.value != int(chips.value):
+        raise UserError(f"{where}: {key}.server_chips={chips.value:g}: should be a whole number")
+    if (active := getattr(made, "active", None)) and active.value > made.parameters.value:
+        raise UserError(f"{where}: {key}.active={active.value:g}: should be at most its parameters, {made.parameters.value:g}")
+    for task, f in (tables.get("scores") or {}).items():
+        if f.value > 100:
+            raise UserError(f"{where}: {key}.scores.{task}={f.value:g}: is per cent: should be at most 100")
     return made
 
 

@@ -16,6 +16,8 @@ import pathlib
 import platform
 import threading
 
+import yaml
+
 from jaxllm.errors import UserError, writing
 
 OURS = ("study.yaml", "base.yaml", "best.yaml", "known.json", "report.html", "trials", "claims", "runs")
@@ -45,12 +47,29 @@ class Folder:
     def read(self, number: int) -> dict | None:
         path = self.trials / f"{number:04}.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            job = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(job, dict) or not {"trial", "rung", "params", "state"} <= job.keys():
+                raise ValueError("is no trial of a study")
+            return job
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as e:
             why = getattr(e, "strerror", None) or e
             raise UserError(f"{path}: cannot be read: {why}; delete it to make that trial again") from None
+
+    def settings(self) -> dict | None:
+        """Returns the settings of study.yaml; None where there is none. Raises UserError for one that is damaged."""
+        path = self.path / "study.yaml"
+        try:
+            held = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise UserError(f"{path}: cannot be read: {' '.join(str(getattr(e, 'strerror', None) or e).split())}") from None
+        if not isinstance(held, dict) or not {"base", "goal", "metric", "parallel", "space"} <= held.keys():
+            raise UserError(f"{path}: is damaged, or of no study: should be as `jaxllm plan search` wrote it; give another "
+                            "run.dir, or --run.overwrite=true to delete that study")
+        return held
 
     def write(self, job: dict) -> None:
         write_whole(self.trials / f"{job['job']:04}.json", json.dumps(job, indent=1) + "\n")

@@ -7,8 +7,6 @@ import math
 import pathlib
 from typing import Any
 
-import yaml
-
 from jaxllm import config
 from jaxllm.errors import UserError
 from jaxllm.plan.search_config import SearchVerb
@@ -67,19 +65,21 @@ def read_study(cfg: SearchVerb) -> Study:
 
 def stored_parallel(cfg: SearchVerb) -> int | None:
     """Returns what the study began with, as a start with another number of workers must decide as the first one did."""
-    path = pathlib.Path(cfg.run.dir).expanduser() / "study.yaml"
-    return None if cfg.run.overwrite or not path.exists() else yaml.safe_load(path.read_text(encoding="utf-8"))["parallel"]
+    held = None if cfg.run.overwrite else Folder(pathlib.Path(cfg.run.dir).expanduser()).settings()
+    return held and held["parallel"]
 
 
 def base_of(cfg: SearchVerb) -> dict:
     """Returns the resolved settings that every trial begins from: the base with `fixed` over it."""
     if cfg.base is None:
         raise UserError("base: is missing: give the config of `jaxllm pretrain` that trials begin from")
+    if not isinstance(cfg.base, (str, dict)):
+        raise UserError(f"base={cfg.base!r}: should be a config file of `jaxllm pretrain`, or its groups themselves")
     if isinstance(cfg.base, dict):
         tree = {key: value for key, value in cfg.base.items() if key not in NOT_SETTINGS}
         base = config.of_tree(PretrainConfig, tree, "base")
     else:
-        base = config.load(PretrainConfig, str(cfg.base), ignore=NOT_SETTINGS)
+        base = config.load(PretrainConfig, cfg.base, ignore=NOT_SETTINGS)
     for key in flat_values(cfg.fixed):
         check_setting(key, "fixed", may=("run.seed", "checkpoint.", "log."))
     whole = config.to_dict(config.of_tree(PretrainConfig, nested(config.to_dict(base), flat_values(cfg.fixed)), "fixed"))
@@ -177,11 +177,13 @@ def earlier(cfg: SearchVerb, space: Space, base: dict) -> tuple[tuple[dict, floa
     folder = Folder(pathlib.Path(cfg.follows).expanduser())
     own = pathlib.Path(cfg.run.dir).expanduser() / "known.json"
     if own.exists() and not cfg.run.overwrite:  # as it was at the start, whatever the other study did since
-        return tuple((params, loss) for params, loss in json.loads(own.read_text(encoding="utf-8")))
-    try:
-        old = yaml.safe_load((folder.path / "study.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"follows={cfg.follows}: not a study's folder (no study.yaml)") from None
+        try:
+            return tuple((params, loss) for params, loss in json.loads(own.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"{own}: cannot be read: {e}; delete it to read the trials of {cfg.follows} again") from None
+    old = folder.settings()
+    if old is None:
+        raise UserError(f"follows={cfg.follows}: not a study's folder (no study.yaml)")
     if (old["metric"], old["goal"]) != (cfg.metric, cfg.goal):
         raise UserError(f"follows={cfg.follows}: has metric={old['metric']} ({old['goal']}); needed is {cfg.metric}")
     keys, now, steps = {d.key for d in space.dimensions}, config.flatten(base), n_steps(base)
@@ -204,7 +206,7 @@ def same_study(study: Study, folder: Folder) -> Study:
     if not path.exists() and any(p.suffix == ".json" for p in folder.trials.glob("*")):
         raise UserError(f"{folder.path}: has trials and no study.yaml; give another run.dir")
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = folder.settings()
         differ = [f"{key}: {a.get(key)} -> {b.get(key)}" for a, b in [compared(before, settings)]
                   for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
         if differ:

@@ -164,6 +164,11 @@ def solve(cfg: SizeVerb, law: laws.Law, flops: float | None, budget_of: str, cap
     per_token = training_flops_per_token(model, cfg.shape.seq_len)
     if flops is not None:
         d, what = flops / per_token, f"what {budget_of} pays for"
+        if d < cfg.shape.seq_len:
+            row = per_token * cfg.shape.seq_len
+            raise UserError(f"{budget_of} pays for {d:.3g} tokens of {n / 1e9:.3g} B parameters, less than a row of "
+                            f"{cfg.shape.seq_len:,} (shape.seq_len): that takes {row:.3g} FLOPs, {row / flops:,.3g} times the "
+                            "budget")
     elif cfg.tokens is not None:
         d, what = cfg.tokens, "tokens was given"
     else:

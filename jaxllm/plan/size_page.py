@@ -8,6 +8,7 @@ from jaxllm.plan.curves import Curve, Plot, figure
 from jaxllm.plan.size_config import SizeVerb
 from jaxllm.plan.size_text import count, flops
 from jaxllm.report.page import document, esc
+from jaxllm.report.plots import COLORS
 
 
 def page(cfg: SizeVerb, found: dict) -> str:
@@ -38,12 +39,14 @@ def plots_of(cfg: SizeVerb, found: dict) -> list[Plot]:
     c = laws.FLOPS_A_TOKEN * n * d
     size_S = n * np.geomspace(1 / 20, 20, 120)
     token_S = c / laws.FLOPS_A_TOKEN / size_S
-    telling = [law for law in laws.LAWS.values() if isinstance(law, laws.Parametric)]
-    curves = [Curve(law.name, size_S, _above(repeat.loss_of(law, size_S, token_S, cfg.tokens)), i)
-              for i, law in enumerate(telling)]
+    # a law has one look in all plots: six colours, then the same ones dashed
+    every = [*laws.LAWS.values(), kaplan.KAPLAN]
+    looks = {law.name: {"color": i % COLORS, "dashed": i >= COLORS} for i, law in enumerate(every)}
+    curves = [Curve(law.name, size_S, _above(repeat.loss_of(law, size_S, token_S, cfg.tokens)), **looks[law.name])
+              for law in laws.LAWS.values() if isinstance(law, laws.Parametric)]
     flops_C = c * np.geomspace(1e-3, 1e3, 60)
-    frontier = [Curve(law.name, flops_C, law.optimal(flops_C)[0], i % 6, dashed=i >= 6)
-                for i, law in enumerate([*laws.LAWS.values(), kaplan.KAPLAN])]
+    frontier = [Curve(law.name, flops_C, law.optimal(flops_C)[0], **looks[law.name])
+                for law in every]
     plots = [Plot("Loss over sizes of this compute", "parameters", "loss above its least",
                   [*curves, Curve("the plan", [n], [0.0], points=True)],
                   note="Each law's curve from its own lowest point up: how much another size costs."),

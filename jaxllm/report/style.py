@@ -31,6 +31,7 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-variant-numeric: tabular-nums; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 12px; font-size: 14px; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; background: currentColor; }
+.dash { display: inline-block; width: 22px; margin: 0 7px 4px 0; border-top: 2.5px dashed currentColor; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-top: 1px solid var(--grid); }
