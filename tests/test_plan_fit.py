@@ -17,6 +17,7 @@ from jaxllm.plan.fit_config import FitVerb
 from jaxllm.plan.law_file import read_law
 from jaxllm.plan.laws import EPOCH, HOFFMANN
 from jaxllm.plan.moe_law import NAMES, MoELaw
+from jaxllm.report.read import read_run
 
 SIZES = np.geomspace(3e7, 1e10, 16)
 STARTS = parametric.grid()[::90]
@@ -234,6 +235,23 @@ def test_run_folders_and_those_that_cannot_count(few_starts, tmp_path):
     assert why["stopped"].startswith("not finished: step ") and why["nan"] == "diverged: the loss is nan at step 60"
     assert why["rose"].startswith("diverged: the loss ended at 9") and why["mute"] == "config.yaml does not say its parameters"
     assert found["prediction"]["loss"] == pytest.approx(law.loss(*(found["prediction"][k] for k in ("parameters", "tokens"))), rel=0.01)
+
+
+def test_a_run_with_few_noisy_lines_did_not_diverge_and_one_that_rose_through_them_did(tmp_path):
+    make_run(tmp_path / "run")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [x for x in lines if "loss" in x]
+    (tmp_path / "run" / "config.yaml").write_text("train: {steps: 60}\nparameters: 1000000\n")
+    why = {}
+    for rise in (1.0, 2.0):
+        for seed in range(20):
+            noise = np.exp(0.06 * np.random.default_rng(seed).normal(size=len(lines)))  # as lines of 1,000 tokens have
+            change = [x | {"loss": float(5 * x["step"] ** -0.1 * e * (rise if x["step"] > 50 else 1))}
+                      for x, e in zip(lines, noise, strict=True)]
+            write_lines(tmp_path / "run" / "metrics.jsonl", change)
+            why[rise, seed] = points.unusable(read_run(tmp_path / "run"))
+    assert all(why[1.0, seed] is None for seed in range(20))
+    assert all(why[2.0, seed].startswith("diverged: the loss ended at") for seed in range(20))
 
 
 def test_training_loss_is_taken_where_no_run_has_a_held_out_one(few_starts, tmp_path):

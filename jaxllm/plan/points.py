@@ -26,7 +26,8 @@ COLUMNS = {  # what a CSV may call them, compared without case, spaces and under
 }
 BINS = 40  # a training curve is averaged over so many spans of tokens, even in their logarithm
 WARM = 0.1  # of a run's tokens that its curve leaves out: warm-up
-ROSE = 1.05  # a run diverged whose loss ended so many times above its own lowest
+ROSE = 1.05  # a run diverged whose loss ended so many times above its own lowest,
+NOISES = 4.0  # and by so many standard errors: the lowest of many noisy spans is lower than it should be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +112,9 @@ def unusable(run: Run) -> str | None:
         return f"diverged: the loss is {series.value[-1]} at step {int(series.step[-1])}"
     if any(x.get("kind") == "not_finite" and x.get("step", 0) >= series.step[-1] for x in run.incidents):
         return f"diverged: stopped after step {int(series.step[-1])}, where the loss was not finite"
-    _, smooth = averaged(series.tokens, series.value)
+    at, smooth = averaged(series.tokens, series.value)
     low = at_least(smooth)
-    if low is not None and smooth[-1] > ROSE * smooth[low]:
+    if low is not None and smooth[-1] > ROSE * smooth[low] + NOISES * error_of_rise(series.tokens, series.value, at, low):
         return f"diverged: the loss ended at {smooth[-1]:.3g}, {smooth[-1] / smooth[low] - 1:.0%} above its lowest"
     if (planned := planned_steps(run)) and series.step[-1] < planned:
         return f"not finished: step {int(series.step[-1]):,} of {planned:,}, so its learning rate was still high"
@@ -122,6 +123,19 @@ def unusable(run: Run) -> str | None:
     if not np.isfinite(series.tokens[-1]):
         return "metrics.jsonl does not say its tokens"
     return None
+
+
+def error_of_rise(tokens: np.ndarray, losses: np.ndarray, spans: np.ndarray, low: int) -> float:
+    """Returns the standard error of the last span's mean less that of span `low`, by how lines differ from the next."""
+    late = losses[len(losses) // 2:]
+    late = late[np.isfinite(late)]
+    if len(late) < 3 or len(spans) < 2:
+        return 0.0
+    edges = np.sqrt(spans[1:] * spans[:-1])
+    lines = np.bincount(np.searchsorted(edges, tokens[np.isfinite(tokens)]), minlength=len(spans))
+    # of differences of normal numbers the median size is 0.954 standard deviations
+    line = float(np.median(np.abs(np.diff(late)))) / 0.954
+    return line * math.sqrt(1 / max(lines[-1], 1) + 1 / max(lines[low], 1))
 
 
 def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
