@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import pathlib
 import signal
 import threading
 
@@ -45,6 +46,12 @@ def stopping_at_once(where: str = ""):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_folder(setting: str, path: str | None) -> None:
+    """Raises UserError when a file that a setting names could not be written, before anything is computed."""
+    if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
+        raise UserError(f"{setting}={path}: its folder is not there")
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

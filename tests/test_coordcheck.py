@@ -15,6 +15,7 @@ from jaxllm.cli import main
 from jaxllm.model.config import ModelConfig, MoEConfig
 from jaxllm.model.formulation import PLATFORMS
 from jaxllm.model.heads import LanguageModel
+from jaxllm.plan import coordinates
 from jaxllm.plan.coordinates import KINDS, activations, changes, made_up
 from jaxllm.plan.widths import at_width, slope
 from jaxllm.train.config import OptimConfig
@@ -107,3 +108,14 @@ def test_other_rules_of_mup_and_a_tied_head_pass_too(name, change):
 def test_bad_settings_are_the_users_mistake(words, said, config, capsys):
     assert main(["plan", "coordcheck", config, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_does_not_move_has_no_slope(tmp_path, monkeypatch, capsys):
+    """A head begins at 0, so after one update nothing below it has moved."""
+    (tmp_path / "c.yaml").write_text("model: {max_seq_len: 32}\ndata: {seq_len: 32}\ntrain: {steps: 1}\n")
+    still = np.ones((1, 1, len(KINDS)))
+    still[..., KINDS.index("mlp")] = 0
+    monkeypatch.setattr(coordinates, "changes", lambda *args: still)
+    assert main(["plan", "coordcheck", str(tmp_path / "c.yaml"), "--updates=1", "--length=16"]) == 2
+    said = capsys.readouterr().err
+    assert "the mlp has not changed, so it has no slope" in said and said.count("\n") == 1

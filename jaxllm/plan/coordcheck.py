@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from jaxllm.errors import RunError, UserError, writing
+from jaxllm.errors import RunError, UserError, check_folder, writing
 from jaxllm.model.config import ModelConfig
 from jaxllm.plan.coordcheck_config import CoordCheckVerb
 from jaxllm.plan.curves import save
@@ -25,8 +25,7 @@ GROWS = 0.4  # a slope of the standard parametrisation that cannot be taken for 
 def main(cfg: CoordCheckVerb) -> dict:
     """Prints how changes go with the width, writes what is asked for, and returns what `--json` writes; raises RunError where
     muP's do."""
-    if cfg.page is not None and not pathlib.Path(cfg.page).absolute().parent.is_dir():
-        raise UserError(f"page={cfg.page}: its folder is not there")
+    check_folder("page", cfg.page)
     if cfg.picture is not None:
         check_picture(cfg.picture)
     from jaxllm.platform import start_jax
@@ -71,6 +70,10 @@ def check(cfg: CoordCheckVerb) -> dict:
         change_WSK = np.stack(change_WSK).astype(float)
         if not np.isfinite(change_WSK).all():
             raise RunError(f"optim.lr={optim.lr:g}: activations are not finite after {cfg.updates} updates; take a smaller one")
+        if still := [kind for k, kind in enumerate(KINDS) if not change_WSK[:, -1, k].all()]:
+            raise UserError(f"updates={cfg.updates}, optim.lr={optim.lr:g}: at some width the {still[0]} has not changed, so "
+                            "it has no slope; a head begins at 0, and what is below it moves from the second update on: take 2 "
+                            "or more")
         found["changes"][way] = {kind: change_WSK[:, :, k].tolist() for k, kind in enumerate(KINDS)}
         found["slopes"][way] = {kind: slope(cfg.widths, change_WSK[:, -1, k]) for k, kind in enumerate(KINDS)}
     off = [kind for kind, s in found["slopes"]["muP"].items() if not abs(s) < cfg.limit]

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from jaxllm.errors import UserError, writing
+from jaxllm.errors import UserError, check_folder, writing
 from jaxllm.plan import fit_moe, fit_text, frontier, parametric
 from jaxllm.plan.curves import save
 from jaxllm.plan.fit_config import FitVerb
@@ -26,9 +26,8 @@ USUAL = 8  # times the median residual that a run may be off before it stands ou
 
 def main(cfg: FitVerb) -> dict:
     """Prints the laws of the runs, writes what is asked for, and returns what `--json` writes."""
-    for path in (cfg.page, cfg.law_file):
-        if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path}: its folder is not there")
+    check_folder("page", cfg.page)
+    check_folder("law_file", cfg.law_file)
     if cfg.picture is not None:
         check_picture(cfg.picture)
     points = read(cfg.runs, cfg.loss)

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, check_folder
 from jaxllm.plan.topology import Topology
 
 KINDS = (".svg", ".png", ".pdf")
@@ -12,8 +12,7 @@ def check_picture(path: str) -> None:
     """Raises UserError when a picture could not be written, before anything is compiled."""
     if pathlib.Path(path).suffix not in KINDS:
         raise UserError(f"picture={path}: should end in {', '.join(KINDS)}")
-    if not pathlib.Path(path).absolute().parent.is_dir():
-        raise UserError(f"picture={path}: its folder is not there")
+    check_folder("picture", path)
 
 
 def draw(rows: list[dict], topology: Topology, path: str) -> None:

@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from jaxllm import hardware
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, check_folder
 from jaxllm.model.config import ModelConfig
 from jaxllm.plan import budget, failures, kaplan, laws, rental, repeat, roofline, serving, shapes, size_text, verdict
 from jaxllm.plan.budget import Rate
@@ -17,8 +17,7 @@ from jaxllm.train.flops import parameter_count, training_flops_per_token
 
 def main(cfg: SizeVerb) -> dict:
     """Prints the plan and writes its page; returns what `--json` writes."""
-    if cfg.page is not None and not pathlib.Path(cfg.page).absolute().parent.is_dir():
-        raise UserError(f"page={cfg.page}: its folder is not there")
+    check_folder("page", cfg.page)
     found = plan(cfg)
     print(size_text.whole(cfg, found))
     if cfg.page is not None:
