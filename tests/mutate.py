@@ -747,6 +747,8 @@ FAULTS += [  # rewards and environments
     Fault("size: a budget may pay for less than a row", "jaxllm/plan/size.py", "if d < cfg.shape.seq_len:", "if False:",
           "tests/test_plan_size.py -k impossible"),
     Fault("size: two laws look alike", "jaxllm/plan/size_page.py", '"dashed": i >= COLORS}', '"dashed": False}', "tests/test_plan_size.py -k one_look"),
+    Fault("search: a study of an older version is refused", "jaxllm/plan/search_setup.py", "before = of_today(folder.settings(), path)",
+          "before = folder.settings()", "tests/test_plan_search.py -k fewer_settings"),
     Fault("advice: a negative price is taken", "jaxllm/plan/prices.py", 'if not value >= 0 or value == float("inf"):', "if False:",
           "tests/test_plan_advise.py -k ones_own"),
     Fault("advice: an own file's other models are lost", "jaxllm/plan/prices.py", "_laid_over(under[key], value) if", "value if",

@@ -389,6 +389,19 @@ def test_other_settings_are_named_and_more_trials_go_on(tmp_path, fake, capsys):
     assert made(tmp_path / "study")[:2] == before and len(made(tmp_path / "study")) == 4
 
 
+def test_a_study_of_a_version_with_fewer_settings_goes_on(tmp_path, fake, capsys):
+    path = write(tmp_path, trials=1)
+    assert main(["plan", "search", str(path)]) == 0
+    held = yaml.safe_load((tmp_path / "study/study.yaml").read_text())
+    del held["base"]["train"]["remat"], held["heartbeat_s"]
+    (tmp_path / "study/study.yaml").write_text(yaml.safe_dump(held))
+    assert main(["plan", "search", str(path), "--trials=2"]) == 0
+    assert len(made(tmp_path / "study")) == 2
+    (tmp_path / "study/study.yaml").write_text(yaml.safe_dump(held | {"base": held["base"] | {"train": held["base"]["train"] | {"odd": 1}}}))
+    assert main(["plan", "search", str(path), "--trials=2"]) == 2
+    assert "study/study.yaml: base: unknown key 'train.odd'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("held", ["{", "", "verb: plan search\n", "- 1\n"])
 def test_a_damaged_study_is_named_and_nothing_is_lost(tmp_path, fake, held, capsys):
     path = write(tmp_path, trials=1)

@@ -184,6 +184,7 @@ def earlier(cfg: SearchVerb, space: Space, base: dict) -> tuple[tuple[dict, floa
     old = folder.settings()
     if old is None:
         raise UserError(f"follows={cfg.follows}: not a study's folder (no study.yaml)")
+    old = of_today(old, folder.path / "study.yaml")
     if (old["metric"], old["goal"]) != (cfg.metric, cfg.goal):
         raise UserError(f"follows={cfg.follows}: has metric={old['metric']} ({old['goal']}); needed is {cfg.metric}")
     keys, now, steps = {d.key for d in space.dimensions}, config.flatten(base), n_steps(base)
@@ -206,7 +207,7 @@ def same_study(study: Study, folder: Folder) -> Study:
     if not path.exists() and any(p.suffix == ".json" for p in folder.trials.glob("*")):
         raise UserError(f"{folder.path}: has trials and no study.yaml; give another run.dir")
     if path.exists():
-        before = folder.settings()
+        before = of_today(folder.settings(), path)
         differ = [f"{key}: {a.get(key)} -> {b.get(key)}" for a, b in [compared(before, settings)]
                   for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
         if differ:
@@ -219,6 +220,12 @@ def same_study(study: Study, folder: Folder) -> Study:
     write_whole(folder.path / "base.yaml", config.to_yaml(without_place(study.base)))
     write_whole(path, config.to_yaml(settings))
     return study
+
+
+def of_today(settings: dict, path: pathlib.Path) -> dict:
+    """Returns a study's written settings with the defaults of those that came with later versions, which is what it had."""
+    own = {key: value for key, value in config.to_dict(SearchVerb()).items() if key not in settings}
+    return own | settings | {"base": config.to_dict(config.of_tree(PretrainConfig, settings["base"], f"{path}: base"))}
 
 
 def compared(before: dict, now: dict) -> tuple[dict, dict]:
