@@ -122,6 +122,8 @@ def run(task, mesh, graph, reference, args, seed: int, folder: str) -> dict:
         return Scored(np.array([task.reward(s.row["a"], s.row["b"], s.tokens) for s in samples], np.float32), {}, [])
 
     n = cfg.rollout.prompts
+    if cfg.train.iterations * n > len(stream):
+        raise SystemExit(f"--iterations={cfg.train.iterations}: the task has prompts for {len(stream) // n}")
     with jax.set_mesh(mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints, \
             RunLog(pathlib.Path(folder), steps=cfg.train.iterations, start=0, tensorboard=False) as log:
         loop = Loop(cfg=cfg, program=program, sampler=sampler, reference=reference, prompts=lambda i: stream[i * n : i * n + n],

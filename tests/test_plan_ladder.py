@@ -104,6 +104,8 @@ def test_what_it_writes_is_read_by_plan_fit_and_drawn(made, tmp_path, capsys):
     assert page.count("<svg") >= 3 and "The ladder" in page and "measured" in page
     told = json.loads((tmp_path / "ladder" / "ladder.json").read_text())
     assert len(told["ladder"]) == 16 and all(one["loss"] for one in told["ladder"])
+    assert main(["plan", "ladder", str(settings(tmp_path)), f"--picture={tmp_path / 'ladder.svg'}"]) == 0
+    assert "<svg" in (tmp_path / "ladder.svg").read_text()
     capsys.readouterr()
     assert main(["plan", "fit", str(tmp_path / "ladder" / "runs"), "--bootstraps=100", "--json=-"]) == 0
     assert json.loads(capsys.readouterr()[0])["runs"] == 16
@@ -180,6 +182,7 @@ def test_text_that_changed_and_text_that_is_short(made, tmp_path, capsys):
     (["sizes.w8.d_modle=16"], "did you mean 'sizes.NAME.d_model'|d_model"), (["vocab_size=300", "data.tokenizer=x.model"], "give one of them"),
     (["data.validation=0.000001"], "no document was held out"), (["dir=/proc/ladder"], "cannot be written"),
     (["data.sources.words.path=nowhere.txt"], "nowhere.txt"), (["within=0"], "within=0.0: should be above 0"),
+    (["picture=ladder.gif"], "picture=ladder.gif: should end in .svg"),
 ])
 def test_bad_settings_in_one_line(made, tmp_path, capsys, flags, said):
     assert main(["plan", "ladder", str(settings(tmp_path)), *(f"--{flag}" for flag in flags)]) == 2

@@ -15,6 +15,7 @@ from jaxllm.plan import ladder_judge, ladder_text
 from jaxllm.plan.ladder_config import LadderVerb
 from jaxllm.plan.ladder_runs import Rung, rungs, state
 from jaxllm.plan.law_file import contents
+from jaxllm.plan.picture import check_picture
 from jaxllm.report.read import is_run
 from jaxllm.report.summary import duration
 from jaxllm.train.run_folder import claimed, write_atomically
@@ -27,6 +28,8 @@ def main(cfg: LadderVerb) -> dict:
     """Makes the runs that are not there yet, fits, predicts the largest run, makes it and compares; returns what was found."""
     if not cfg.data.sources:
         raise UserError("data.sources is empty: give at least one, e.g. --data.sources.books.path=books/")
+    if cfg.picture is not None:
+        check_picture(cfg.picture)
     folder = pathlib.Path(cfg.dir).expanduser()
     with stopping_at_once(f"ladder {cfg.dir}"), claimed(folder):
         tokenizer = tokenizer_of(cfg, folder)
@@ -148,6 +151,7 @@ def watched(rung: Rung, law: pathlib.Path) -> Rung:
 def finish(cfg: LadderVerb, folder: pathlib.Path, plan: list[Rung], found: dict, drawn: dict) -> dict:
     """Compares, prints and writes the page and the JSON; returns it."""
     from jaxllm.plan import ladder_page
+    from jaxllm.plan.curves import save
     from jaxllm.report.page import write
 
     largest = plan[-1]
@@ -160,6 +164,9 @@ def finish(cfg: LadderVerb, folder: pathlib.Path, plan: list[Rung], found: dict,
     print(ladder_text.whole(cfg, plan, found))
     write_result(folder, found)
     write(ladder_page.page(cfg, plan, found, drawn), folder / "ladder.html")
+    if cfg.picture is not None:
+        with writing(cfg.picture):
+            save(ladder_page.plots_of(cfg, plan, found, drawn), cfg.picture)
     print(f"\npage: {folder / 'ladder.html'}\nlaw: {folder / 'law.json'}\nnumbers: {folder / 'ladder.json'}")
     if isinstance(found["largest"], str):
         raise RunError(f"the largest run says nothing of the law: {found['largest']}", found)

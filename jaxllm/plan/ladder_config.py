@@ -44,6 +44,7 @@ class LadderVerb:
     within: float = 0.02  # of the largest run's loss: how far off its prediction may be
     bootstraps: int = 4000  # samples that the intervals come from
     level: float = 0.95  # share of the samples inside an interval
+    picture: str | None = None  # file to draw the plots into besides the page, .svg, .png or .pdf
     seed: int = 0  # of the weights, the order of rows and the samples
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
