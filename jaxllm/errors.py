@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import os
 import pathlib
 import signal
 import threading
@@ -30,6 +31,9 @@ def nearest(name: str, known) -> str:
     return f"did you mean {near[0]!r}?" if near else f"found: {', '.join(sorted(known)[:12]) or 'nothing'}"
 
 
+AGAIN_S = 0.05  # after which a signal that came at a bad moment comes again
+
+
 @contextlib.contextmanager
 def stopping_at_once(where: str = ""):
     """Makes SIGTERM and SIGINT end the command with exit code 75, where nothing that is done is lost by it."""
@@ -38,6 +42,11 @@ def stopping_at_once(where: str = ""):
         return
 
     def stop(number, frame):
+        if importing(frame):
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         raise Stopped(f"{where and where + ': '}stopped by {signal.Signals(number).name}; run the same command to go on")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -46,6 +55,14 @@ def stopping_at_once(where: str = ""):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def importing(frame) -> bool:
+    """Tells whether a module is being imported: an exception that a signal raises in a half-made extension module crashes the
+    process."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def check_folder(setting: str, path: str | None) -> None:

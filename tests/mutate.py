@@ -52,6 +52,7 @@ FAULTS = [
           "rope(d, saved[0], saved[1])", "tests/test_model.py -k derivatives"),
     Fault("changed text goes unnoticed", "jaxllm/train/session.py", 'if position["made_of"] != made_of:', "if False:",
           "tests/test_resume.py -k text_that_changed"),
+    Fault("a signal breaks into an import", "jaxllm/errors.py", "        if importing(frame):", "        if False:", "tests/test_resume.py -k into_an_import"),
     Fault("a signal before the first step kills", "jaxllm/train/pretrain.py", "    with stopping_at_once():", "    with contextlib.nullcontext():",
           "tests/test_resume.py -k before_the_first"),
     Fault("dropout goes by the device's place, not the position's", "jaxllm/parallel/context.py", "order=partial(order, n=n) if n > 1 else form.order, ", "",

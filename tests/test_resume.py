@@ -1,14 +1,19 @@
 """A run that was killed, stopped, damaged or moved goes on as if it had not been. Real processes, real signals."""
 
+import importlib
 import json
 import os
 import pathlib
 import random
 import shutil
 import signal
+import sys
+import time
 
 import pytest
 import runs
+
+from jaxllm.errors import Stopped, stopping_at_once
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,16 @@ def test_a_stopped_run_that_overwrote_says_not_to_overwrite_again(tmp_path):
     code, text = runs.finish(process)
     assert code == 75, text
     assert "without run.overwrite=true, which would delete it" in text
+
+
+def test_a_signal_does_not_break_into_an_import(tmp_path, monkeypatch):
+    """An exception inside a half-made extension module would crash the process: the signal comes again when it is made."""
+    (tmp_path / "interrupted.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Stopped, match="SIGTERM"), stopping_at_once():
+        importlib.import_module("interrupted")
+        time.sleep(5)
+    assert sys.modules["interrupted"].whole
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
