@@ -196,6 +196,7 @@ def test_self_test_passes_on_every_device():
     assert "on 8 cpu" in found[0][2] and "bit for bit" in found[2][2]
 
 
+@pytest.mark.slow
 def test_self_test_sees_a_step_that_does_not_learn(monkeypatch):
     made = {}
     self_test.make(made)
@@ -206,6 +207,7 @@ def test_self_test_sees_a_step_that_does_not_learn(monkeypatch):
     assert self_test.attempt(self_test.train, made)[0] == "ok"
 
 
+@pytest.mark.slow
 def test_self_test_sees_a_checkpoint_that_comes_back_other_than_it_was(monkeypatch, tmp_path):
     restore, made = Checkpoints.restore, {}
     self_test.make(made)

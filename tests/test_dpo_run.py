@@ -154,7 +154,7 @@ def on_one_device(base, ranked):
     return lambda loss: made.setdefault(loss, one_step(settings(base, ranked, loss=loss)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [loss if loss in ("dpo", "kto") else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES])
 def test_micro_batches_change_nothing(loss, base, ranked, on_one_device):
     """KTO's baseline is one of the whole batch, and of all held-out pairs: a part's own would make another step."""
     cfg = settings(base, ranked, loss=loss)

@@ -214,7 +214,7 @@ def padded(seed: int):
     return batch
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=[mode if mode == "dropless" else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES])
 def one_device(request):
     model, batches = model_of(**MODES[request.param]), [padded(i) for i in range(10)]
     prog = toy.program(model)
@@ -281,6 +281,7 @@ def test_the_compiled_step_exchanges_by_all_to_all(mode):
     assert counts == {"expert": model.sparse_layers * (4 if mode == "capacity" else 5), "data": 0}
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch_without_auxiliary_losses():
     model, batches = model_of(capacity=0.75, every=2, bias_rate=1e-2), [padded(i) for i in range(3)]
     optim = OptimConfig(name="sgd", lr=0.1, b1=0.9)
@@ -290,7 +291,7 @@ def test_micro_batches_are_one_batch_without_auxiliary_losses():
     assert toy.worst(other.params, state.params)[0] < 1e-6
 
 
-@pytest.mark.parametrize("knob", [{"bias_rate": 2e-2}, {"balance_loss": 0.05}])
+@pytest.mark.parametrize("knob", [{"bias_rate": 2e-2}, pytest.param({"balance_loss": 0.05}, marks=pytest.mark.slow)])
 def test_balance_evens_the_load(knob):
     loads = {}
     for name, moe in {"off": {}, "on": knob}.items():

@@ -131,6 +131,7 @@ def test_a_runs_own_config_does_not_overwrite_the_run(tmp_path):
     assert [x["kind"] for x in runs.lines(tmp_path / "run/incidents.jsonl")] == ["resumed", "config_changed"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_tokenizer_when_the_original_is_gone(tmp_path, capsys):
     original = tmp_path / "t.model"
     config = runs.config(tmp_path, data={"tokenizer": str(original)}, train={"eval_every": 0})
@@ -227,6 +228,7 @@ def test_the_time_left_counts_what_is_done_beside_training():
     assert clock.seconds_left(10, 0.5) == 10 * (0.5 + 8 / 4)
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(done, tmp_path):
     folder, config = done
     copy = tmp_path / "run"
@@ -311,7 +313,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):
             checkpoints.restore(other.abstract)
 
 
-@pytest.mark.parametrize("mesh", [{"devices": 1}, {"devices": 4, "fsdp": 2, "tensor": 2}, {"devices": 8, "data": 8}])
+@pytest.mark.parametrize("mesh", [{"devices": 1}, {"devices": 4, "fsdp": 2, "tensor": 2}, pytest.param({"devices": 8, "data": 8}, marks=pytest.mark.slow)])
 def test_a_checkpoint_restores_bit_for_bit_on_any_mesh(tmp_path, mesh):
     saver, reader = toy.program(devices=8, data=2, fsdp=2, tensor=2), toy.program(**mesh)
     state, _ = toy.run(saver, [toy.batch()])

@@ -35,6 +35,7 @@ from jaxllm.train.optim import make_optimizer
 from jaxllm.train.state import structure
 
 P, R, B = 6, 10, 16
+EACH = [name if name in ("ppo", "grpo") else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 
 
 def settings(name: str, **groups) -> RLHFConfig:
@@ -108,7 +109,7 @@ def test_an_iteration_on_a_mesh_is_that_of_one_device(name, axes, on_one_device)
         assert toy.worst(state.opt_state["critic"]["params"], expected.opt_state["critic"]["params"])[0] < 1e-5
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", EACH)
 def test_micro_batches_change_nothing(name, on_one_device):
     """Losses are sums and counts: responses of other lengths in each part would make a mean of means another step."""
     cfg = settings(name, train=RLTrainConfig(minibatches=1 if name == "rloo" else 2, micro_batches=4))
@@ -120,7 +121,7 @@ def test_micro_batches_change_nothing(name, on_one_device):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_algorithm_moves_the_policy(name, on_one_device):
     state, _, found = on_one_device(name)
     before = program_of(settings(name)).init().params

@@ -15,9 +15,8 @@ from jaxllm.train.step import Objective, loss_sum
 MESHES = {
     "data8": {"data": 8}, "fsdp8": {"fsdp": 8}, "tensor2": {"tensor": 2, "devices": 2},
     "data2 fsdp2 tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
-    "context4 ring": {"context": 4, "devices": 4, "context_attention": "ring"},
 }
-MORE = {"fsdp2 context2 tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
+MORE = {"context4 ring": {"context": 4, "devices": 4, "context_attention": "ring"}, "fsdp2 context2 tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
         "data2 fsdp4": {"data": 2, "fsdp": 4}, "data4 tensor2": {"data": 4, "tensor": 2},
         "fsdp4 tensor2, 2 parts": {"fsdp": 4, "tensor": 2, "micro_batches": 2},  # the ten steps in parts, too
         "context2": {"context": 2, "devices": 2}, "data2 context4": {"data": 2, "context": 4},
