@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from jaxllm import __version__
-from jaxllm.errors import RunError, Stopped, UserError, writing
+from jaxllm.errors import STOPPED, RunError, Stopped, UserError, writing
 from jaxllm.platform import use_huge_pages
 
 
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
         return 1
     except Stopped as e:
         print(f"jaxllm: {e}", file=sys.stderr)
-        return 75
+        return STOPPED
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
         return 130

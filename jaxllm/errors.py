@@ -6,6 +6,7 @@ import errno
 import os
 import pathlib
 import signal
+import sys
 import threading
 
 
@@ -21,6 +22,9 @@ class RunError(Exception):
         self.result = result  # what --json writes all the same
 
 
+STOPPED = 75  # exit code of what goes on when it is started again
+
+
 class Stopped(Exception):
     """Stopped on request after saving; the same command goes on. Exit code 75."""
 
@@ -31,30 +35,57 @@ def nearest(name: str, known) -> str:
     return f"did you mean {near[0]!r}?" if near else f"found: {', '.join(sorted(known)[:12]) or 'nothing'}"
 
 
-AGAIN_S = 0.05  # after which a signal that came at a bad moment comes again
+AGAIN_S, PATIENCE = 0.05, 5  # after which a signal comes again, until it has ended the command; how often it waits for jax
 
 
 @contextlib.contextmanager
 def stopping_at_once(where: str = ""):
-    """Makes SIGTERM and SIGINT end the command with exit code 75, where nothing that is done is lost by it."""
+    """Makes SIGTERM and SIGINT end the command with exit code 75, where nothing that is done is lost by it.
+
+    An exception that a handler raises breaks into whatever runs. A half-made extension module crashes by it, and jax takes it
+    for a failure of its own or, in a callback of the garbage collector, drops it. So one waits until these are done, for jax
+    a quarter of a second; then the process ends as it is. The signal comes again until the command has left.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
+    again: list[threading.Timer] = []
 
     def stop(number, frame):
-        if importing(frame):
-            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+        if leaving():
             return
-        raise Stopped(f"{where and where + ': '}stopped by {signal.Signals(number).name}; run the same command to go on")
+        again.append(threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)))
+        again[-1].daemon = True
+        again[-1].start()
+        told = f"{where and where + ': '}stopped by {signal.Signals(number).name}; run the same command to go on"
+        if importing(frame):
+            return
+        if not in_jax(frame):
+            raise Stopped(told)
+        if len(again) > PATIENCE:
+            print(f"jaxllm: {told}", file=sys.stderr, flush=True)
+            os._exit(STOPPED)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        for timer in again:
+            timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def in_jax(frame) -> bool:
+    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jax", "jaxlib")
+
+
+def leaving() -> bool:
+    """Tells whether what is running cleans up on the way out of a command that is being stopped."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
 
 
 def importing(frame) -> bool:

@@ -98,6 +98,32 @@ def test_a_signal_does_not_break_into_an_import(tmp_path, monkeypatch):
     assert sys.modules["interrupted"].whole
 
 
+def test_a_signal_that_is_swallowed_comes_again():
+    """As in a garbage collector's callback, whose exceptions Python drops."""
+    swallowed = 0
+    with pytest.raises(Stopped, match="SIGTERM"), stopping_at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Stopped:
+            swallowed = 1
+        time.sleep(5)
+    assert swallowed == 1
+
+
+def test_a_second_signal_leaves_alone_what_cleans_up():
+    cleaned = False
+    with pytest.raises(Stopped), stopping_at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # the first one comes again in the meantime
+            cleaned = True
+    assert cleaned
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_before_the_first_step_can_be_run_again(tmp_path, sent):
     config, run = runs.config(tmp_path), tmp_path / "run"
