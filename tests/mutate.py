@@ -139,8 +139,6 @@ FAULTS = [
           "tests/test_continuous.py -k 'log_probabilities and plain'"),
     Fault("rollouts go on with stale weights", "jaxllm/generate/continuous.py", "            self.weights = _prepare(",
           "            self.weights = self.weights or _prepare(", "tests/test_continuous.py -k loaded_last"),
-    Fault("the sampler keeps the trainer's own arrays", "jaxllm/generate/continuous.py", "jax.tree.map(jnp.copy, params)", "params",
-          "tests/test_continuous.py -k loaded_last"),
     Fault("a prompt lands a slot too late in the ring", "jaxllm/generate/ring.py", "cache.turn(cache_L, rows.slot - T)",
           "cache.turn(cache_L, rows.slot - T + 1)", "tests/test_continuous.py -k at_once"),
     Fault("a row that has ended is written over", "jaxllm/generate/ring.py",
