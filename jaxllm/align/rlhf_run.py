@@ -60,7 +60,7 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
     from jaxllm.model.heads import LanguageModel
     from jaxllm.train.checkpoint import Checkpoints
     from jaxllm.train.log import RunLog
-    from jaxllm.train.session import finish, restore_or_init
+    from jaxllm.train.session import finish, note_start, restore_or_init
     from jaxllm.train.state import structure
 
     mesh, chat = mesh_of(cfg), load_chat(cfg.data.template, tokenizer)
@@ -89,10 +89,7 @@ def align(cfg: RLHFConfig, folder: pathlib.Path, tokenizer, changes: list[str]) 
             if player is not None:
                 player.errors = position.get("episode_errors", 0)
             with RunLog(folder, steps=cfg.train.iterations, start=at, tensorboard=cfg.log.tensorboard) as log:
-                for step, kind, message in incidents:
-                    log.incident(step, kind, message)
-                if changes and at:
-                    log.incident(at, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
+                note_start(log, at, incidents, changes)
                 loop = Loop(
                     cfg=cfg, program=program, sampler=sampler, reference=reference, prompts=rows.batch, log=log,
                     held_out=prompts.validation, shown=(prompts.validation or prompts.train)[:SHOWN],

@@ -11,7 +11,7 @@ def page(found: dict, plots: list[Plot], text: str) -> str:
     facts.append((f"{max(found['slopes']['standard'].values()):+.3f}", "the standard parametrisation's largest"))
     cells = "".join(f'<div class="card"><b>{esc(v)}</b><span>{esc(name)}</span></div>' for v, name in facts)
     body = ["<h1>Coordinate check</h1>", f'<p class="quiet">{esc(text.splitlines()[-1])}</p>',
-            f'<div class="facts">{cells}</div>', f'<div class="plots">{"".join(map(figure, plots))}</div>',
+            f'<div class="facts">{cells}</div>', "<h2>Curves</h2>", f'<div class="plots">{"".join(map(figure, plots))}</div>',
             "<h2>All of it</h2>", f'<div class="card pad scroll"><pre>{esc(text)}</pre></div>',
             f"<footer>jaxllm {__version__}</footer>"]
     return document("Coordinate check", body)

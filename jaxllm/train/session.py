@@ -22,10 +22,7 @@ def session(cfg, program, made_of, make_run, *, changes: list[str], steps: int, 
     with jax.set_mesh(program.mesh), Checkpoints(folder, cfg.checkpoint) as checkpoints:
         state, start, incidents = restore_or_init(program, checkpoints, made_of)
         with RunLog(folder, steps=steps, start=start, tensorboard=cfg.log.tensorboard, writes=writes) as log:
-            for step, kind, message in incidents:
-                log.incident(step, kind, message)
-            if changes and start:
-                log.incident(start, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
+            note_start(log, start, incidents, changes)
             run = make_run(checkpoints, log, start)
             began = time.perf_counter()
             try:
@@ -37,6 +34,14 @@ def session(cfg, program, made_of, make_run, *, changes: list[str], steps: int, 
                 raise Stopped(f"{e}, but without run.overwrite=true, which would delete it") from None
             log.say("")
     return time.perf_counter() - began
+
+
+def note_start(log: RunLog, start: int, incidents, changes: list[str]) -> None:
+    """Logs what `restore_or_init` met, and which settings of a run that goes on have changed."""
+    for step, kind, message in incidents:
+        log.incident(step, kind, message)
+    if changes and start:
+        log.incident(start, "config_changed", f"settings changed since the last start: {'; '.join(changes)}")
 
 
 def restore_or_init(program, checkpoints, made_of):
